@@ -1,0 +1,184 @@
+"""Every setting of the framework, as frozen dataclasses: typed, strict, and the same as JSON."""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from typing import Any, TypeVar
+
+from retro_jax.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class RetroConfig:
+    """The architecture (paper section 2 and Tables 2 and 10). With `cca_layers=()` it is the baseline transformer.
+
+    Attributes:
+      vocab_size: V, rows of the embedding tables.
+      width: D, decoder width.
+      num_layers: decoder blocks.
+      num_heads, head_size: N and H of decoder self-attention and chunked cross-attention; N*H may differ from D.
+      ffw_width: hidden width of the decoder's feed-forward.
+      chunk_length: M, tokens of a chunk.
+      neighbour_length: R, tokens of a neighbour with its continuation.
+      cca_layers: P, 1-based decoder layers with chunked cross-attention.
+      encoder_width: E, width of the neighbour encoder.
+      encoder_layers, encoder_num_heads, encoder_head_size, encoder_ffw_width: its sizes.
+      encoder_ca_layers: P_enc, 1-based encoder layers that cross-attend to the retrieving chunk.
+      positions: "transformer_xl" (paper) or "rope".
+      rope_theta: base of the rotary frequencies.
+      tie_embeddings: the output head is the decoder's embedding table.
+      share_embeddings: the encoder reads the decoder's embedding table (needs encoder_width == width).
+      norm_epsilon: of every RMSNorm.
+      init_scale: standard deviation of the initial weights; residual outputs are scaled down by sqrt(2 * num_layers).
+      pad_id: token id that is never attended to and never predicted.
+      dtype: compute dtype, "float32" or "bfloat16"; parameters, norms, softmax and loss are float32.
+      remat: "none", or "block" to recompute each block's activations in the backward pass.
+    """
+
+    vocab_size: int
+    width: int
+    num_layers: int
+    num_heads: int
+    head_size: int
+    ffw_width: int
+    chunk_length: int = 64
+    neighbour_length: int = 128
+    cca_layers: tuple[int, ...] = ()
+    encoder_width: int = 896
+    encoder_layers: int = 2
+    encoder_num_heads: int = 16
+    encoder_head_size: int = 64
+    encoder_ffw_width: int = 3584
+    encoder_ca_layers: tuple[int, ...] = (1,)
+    positions: str = "transformer_xl"
+    rope_theta: float = 10_000.0
+    tie_embeddings: bool = True
+    share_embeddings: bool = False
+    norm_epsilon: float = 1e-6
+    init_scale: float = 0.02
+    pad_id: int = 0
+    dtype: str = "float32"
+    remat: str = "none"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "cca_layers", tuple(sorted(self.cca_layers)))
+        object.__setattr__(self, "encoder_ca_layers", tuple(sorted(self.encoder_ca_layers)))
+        for name in ("vocab_size", "width", "num_layers", "num_heads", "head_size", "ffw_width", "chunk_length"):
+            _require(getattr(self, name) > 0, f"model.{name} must be positive, is {getattr(self, name)}")
+        _require_layers("model.cca_layers", self.cca_layers, self.num_layers)
+        _require_choice("model.positions", self.positions, ("transformer_xl", "rope"))
+        _require_choice("model.dtype", self.dtype, ("float32", "bfloat16", "float64"))
+        _require_choice("model.remat", self.remat, ("none", "block"))
+        _require(
+            self.positions != "rope" or self.head_size % 2 == 0,
+            f"model.head_size must be even with rope positions, is {self.head_size}",
+        )
+        if self.cca_layers:
+            for name in (
+                "neighbour_length",
+                "encoder_width",
+                "encoder_layers",
+                "encoder_num_heads",
+                "encoder_head_size",
+                "encoder_ffw_width",
+            ):
+                _require(getattr(self, name) > 0, f"model.{name} must be positive, is {getattr(self, name)}")
+            _require_layers("model.encoder_ca_layers", self.encoder_ca_layers, self.encoder_layers)
+        _require(0 <= self.pad_id < self.vocab_size, f"model.pad_id {self.pad_id} is not below vocab_size")
+        _require(
+            not self.share_embeddings or self.encoder_width == self.width,
+            f"model.share_embeddings needs encoder_width == width, they are {self.encoder_width} and {self.width}",
+        )
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> "RetroConfig":
+        """The named size of `retro_jax.model.presets`, with fields replaced by `changes`."""
+        from retro_jax.model.presets import preset
+
+        return preset(name, **changes)
+
+    @property
+    def is_baseline(self) -> bool:
+        return not self.cca_layers
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config dataclass as plain JSON types (tuples become lists)."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(cls: type[T], values: dict[str, Any], path: str = "config") -> T:
+    """Builds the dataclass `cls` from nested plain values, strictly.
+
+    Args:
+      cls: a dataclass; fields may be dataclasses, `X | None`, tuples of one element type, or int/float/str/bool.
+      values: mapping of field name to value; lists stand for tuples, ints are taken for floats.
+      path: name of this mapping, for messages.
+
+    Raises:
+      UserError: an unknown key (the nearest is named), a missing one, or a value of another type.
+    """
+    hints = typing.get_type_hints(cls)
+    known = {field.name: field for field in dataclasses.fields(cls)}
+    for key in values:
+        if key not in known:
+            raise UserError(f"{path}.{key}: unknown key{did_you_mean(key, known)}")
+    arguments = {}
+    for name, field in known.items():
+        if name in values:
+            arguments[name] = _convert(hints[name], values[name], f"{path}.{name}")
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise UserError(f"{path}.{name}: missing")
+    return cls(**arguments)
+
+
+def did_you_mean(name: str, known: typing.Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the nearest known name, or the list of all when none is near."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+
+
+def _convert(kind: Any, value: Any, path: str) -> Any:
+    origin = typing.get_origin(kind)
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        (kind,) = [option for option in typing.get_args(kind) if option is not type(None)]
+        return _convert(kind, value, path)
+    if dataclasses.is_dataclass(kind):
+        if dataclasses.is_dataclass(value):
+            value = to_dict(value)
+        if not isinstance(value, dict):
+            raise UserError(f"{path}: expected a group of settings, found {value!r}")
+        return from_dict(kind, value, path)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{path}: expected a list, found {value!r}")
+        element = typing.get_args(kind)[0]
+        return tuple(_convert(element, item, f"{path}[{i}]") for i, item in enumerate(value))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise UserError(f"{path}: expected {kind.__name__}, found {value!r}")
+    return value
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    _require(value in choices, f"{name}: {value!r} is none of {', '.join(choices)}")
+
+
+def _require_layers(name: str, layers: tuple[int, ...], count: int) -> None:
+    _require(
+        all(1 <= layer <= count for layer in layers) and len(set(layers)) == len(layers),
+        f"{name} are 1-based and distinct, at most {count}; found {layers}",
+    )

@@ -1,0 +1,1 @@
+"""Text to tokens to chunks to records to batches."""

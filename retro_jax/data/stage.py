@@ -1,0 +1,287 @@
+"""Stage directories: how every step of the pipeline writes its result, so that it is complete or not there.
+
+A stage writes one directory. While it works, the directory holds `plan.json` (what is being made, from what) and
+finished shards, each beside a `<shard>.done.json` with its size, checksum and counts. A shard is written under a
+temporary name, flushed to disk and renamed. When all are there, `manifest.json` is written by atomic rename and the
+side files are removed. No manifest: no data set. A stage started again on its own directory goes on after the last
+finished shard; started with other settings or inputs it refuses and names the difference.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from retro_jax.errors import UserError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+PLAN = "plan.json"
+_DONE = ".done.json"
+_TEMPORARY = ".tmp-"
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One finished file of a stage: its name in the directory, size in bytes, SHA-256 and counts."""
+
+    name: str
+    size: int
+    sha256: str
+    counts: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a finished stage directory holds.
+
+    Attributes:
+      stage: name of the stage ("corpus", "embeddings", "index", "neighbours", "sequences").
+      settings: every setting that the content depends on.
+      inputs: name of each input to its fingerprint.
+      counts: totals, each key naming its unit ("documents", "tokens", "bytes", "chunks", ...).
+      shards: the files, in order.
+    """
+
+    stage: str
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+    counts: dict[str, Any]
+    shards: tuple[Shard, ...]
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits that change when anything in the data set changes."""
+        return fingerprint(dataclasses.asdict(self))
+
+
+def fingerprint(value: Any) -> str:
+    """First 16 hex digits of the SHA-256 of a value's canonical JSON."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """SHA-256 of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def shard_name(stem: str, index: int, count: int, suffix: str) -> str:
+    """`stem-00000-of-00004.suffix`, the customary name of shard `index` of `count`."""
+    return f"{stem}-{index:05d}-of-{count:05d}{suffix}"
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; on success flushes it to disk and renames it to `path`.
+
+    On any exception the temporary file is removed and `path` is left as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_directory(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Writes `value` as indented JSON by atomic rename."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def load_manifest(directory: str | os.PathLike, stage: str) -> Manifest:
+    """Reads a finished stage directory's manifest and checks that every shard has its size.
+
+    Raises:
+      UserError: no directory, no manifest (the stage did not finish), another stage's directory, another format
+        version, a shard missing or of the wrong size.
+    """
+    directory = Path(directory)
+    path = directory / MANIFEST
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such directory; expected the output of the {stage} stage")
+    if not path.is_file():
+        unfinished = " (it was begun and not finished: run it again)" if (directory / PLAN).is_file() else ""
+        raise UserError(f"{directory}: no {MANIFEST}, so no complete {stage} data set is here{unfinished}")
+    try:
+        manifest = _parse_manifest(json.loads(path.read_text()))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a manifest ({error}); build the stage again in an empty directory") from None
+    if manifest.stage != stage:
+        raise UserError(f"{directory} holds the {manifest.stage} stage; expected {stage}")
+    if manifest.format_version != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: format version {manifest.format_version}, this program reads {FORMAT_VERSION}; rebuild it"
+        )
+    for shard in manifest.shards:
+        file = directory / shard.name
+        if not file.is_file():
+            raise UserError(f"{file}: shard is missing; rebuild {directory}")
+        if file.stat().st_size != shard.size:
+            raise UserError(f"{file}: {file.stat().st_size} bytes, the manifest says {shard.size}; rebuild {directory}")
+    return manifest
+
+
+def verify_checksums(directory: str | os.PathLike, manifest: Manifest) -> None:
+    """Reads every shard and compares its SHA-256 with the manifest.
+
+    Raises:
+      UserError: naming the first shard that differs.
+    """
+    for shard in manifest.shards:
+        if file_sha256(Path(directory) / shard.name) != shard.sha256:
+            raise UserError(f"{Path(directory) / shard.name}: checksum differs from the manifest; rebuild {directory}")
+
+
+class Stage:
+    """A stage directory being written; see the module's docstring.
+
+        with Stage(directory, "corpus", settings=..., inputs=...) as stage:
+            if not stage.complete:
+                for i in range(n):
+                    name = shard_name("chunks", i, n, ".npy")
+                    if not stage.has(name):
+                        with stage.shard(name) as (path, counts):
+                            ...                              # write the file at path, fill the dict counts
+                stage.finish(counts={...})
+            return stage.manifest
+
+    Attributes:
+      complete: the directory already holds this very data set.
+      manifest: its manifest, once complete.
+    """
+
+    def __init__(
+        self, directory: str | os.PathLike, name: str, *, settings: dict[str, Any], inputs: dict[str, str]
+    ) -> None:
+        """Opens or creates the directory.
+
+        Args:
+          directory: created when absent.
+          name: stage name.
+          settings: JSON-serialisable settings the content depends on.
+          inputs: fingerprints of what it is made from.
+
+        Raises:
+          UserError: the directory holds something else, or was begun with other settings or inputs.
+        """
+        self.directory = Path(directory)
+        self.name = name
+        self._plan = json.loads(
+            json.dumps({"stage": name, "settings": settings, "inputs": inputs, "format_version": FORMAT_VERSION})
+        )
+        self._shards: dict[str, Shard] = {}
+        self.manifest: Manifest | None = None
+        if self.directory.exists() and not self.directory.is_dir():
+            raise UserError(f"{self.directory} is a file; the {name} stage needs a directory")
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if (self.directory / MANIFEST).is_file():
+            manifest = load_manifest(self.directory, name)
+            self._refuse_difference(
+                {
+                    "stage": manifest.stage,
+                    "settings": manifest.settings,
+                    "inputs": manifest.inputs,
+                    "format_version": manifest.format_version,
+                }
+            )
+            self.manifest = manifest
+        elif (self.directory / PLAN).is_file():
+            self._refuse_difference(json.loads((self.directory / PLAN).read_text()))
+            self._load_finished_shards()
+        elif any(self.directory.iterdir()):
+            raise UserError(f"{self.directory} is not empty and holds no {name} stage; give another directory")
+        else:
+            write_json(self.directory / PLAN, self._plan)
+
+    def __enter__(self) -> "Stage":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    @property
+    def complete(self) -> bool:
+        return self.manifest is not None
+
+    def has(self, name: str) -> bool:
+        """Whether this shard was finished, now or by an earlier run."""
+        return name in self._shards
+
+    def counts(self, name: str) -> dict[str, Any]:
+        """The counts of a finished shard."""
+        return self._shards[name].counts
+
+    @contextlib.contextmanager
+    def shard(self, name: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """Yields (temporary path to write, dict to fill with counts); commits the shard on success."""
+        counts: dict[str, Any] = {}
+        with atomic_write(self.directory / name) as temporary:
+            yield temporary, counts
+            digest = file_sha256(temporary)
+            size = temporary.stat().st_size
+        shard = Shard(name, size, digest, counts)
+        write_json(self.directory / (name + _DONE), dataclasses.asdict(shard))
+        self._shards[name] = shard
+
+    def finish(self, counts: dict[str, Any]) -> Manifest:
+        """Writes the manifest (shards in order of name) and removes the side files."""
+        shards = tuple(self._shards[name] for name in sorted(self._shards))
+        manifest = Manifest(self.name, self._plan["settings"], self._plan["inputs"], counts, shards)
+        write_json(self.directory / MANIFEST, dataclasses.asdict(manifest))
+        for shard in shards:
+            (self.directory / (shard.name + _DONE)).unlink(missing_ok=True)
+        (self.directory / PLAN).unlink(missing_ok=True)
+        self.manifest = load_manifest(self.directory, self.name)
+        return self.manifest
+
+    def _refuse_difference(self, found: dict[str, Any]) -> None:
+        for path, old, new in _differences(found, self._plan):
+            raise UserError(
+                f"{self.directory} was made with {path} = {old}, now it is {new}; give another directory or remove it"
+            )
+
+    def _load_finished_shards(self) -> None:
+        for leftover in self.directory.rglob(f"{_TEMPORARY}*"):
+            leftover.unlink()
+        for path in sorted(self.directory.rglob(f"*{_DONE}")):
+            shard = Shard(**json.loads(path.read_text()))
+            file = self.directory / shard.name
+            if file.is_file() and file.stat().st_size == shard.size:
+                self._shards[shard.name] = shard
+
+
+def _parse_manifest(value: dict[str, Any]) -> Manifest:
+    shards = tuple(Shard(**shard) for shard in value["shards"])
+    return Manifest(**{**value, "shards": shards})
+
+
+def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yields (dotted path, old, new) for every leaf that differs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            where = f"{path}.{key}" if path else key
+            yield from _differences(old.get(key, "absent"), new.get(key, "absent"), where)
+    elif old != new:
+        yield path, old, new
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""Bits-per-byte over whole documents, with retrieval on, off and shuffled."""

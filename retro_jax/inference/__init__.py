@@ -1,0 +1,1 @@
+"""Sampling with retrieval at every chunk boundary."""

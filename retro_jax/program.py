@@ -1,0 +1,60 @@
+"""How a program of launch/ or tools/ starts and how it fails: flags, one-line errors, exit status."""
+
+import errno
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from absl import app, flags
+
+from retro_jax.errors import UserError
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parses flags, runs `main`, and turns a user's mistake into one line on stderr and exit status 1.
+
+    Positional arguments and unknown flags are mistakes (absl names the nearest flag). A full disk, a missing file and a
+    refused permission are reported with the file's name. SIGINT exits with 130.
+    """
+
+    def checked(arguments: Sequence[str]) -> None:
+        if len(arguments) > 1:
+            _fail(f"unexpected argument {arguments[1]!r}; every option is a --flag (try --help)")
+        try:
+            main()
+        except UserError as error:
+            _fail(str(error))
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)
+        except OSError as error:
+            if error.errno in _MESSAGES:
+                name = f"{error.filename}: " if error.filename else ""
+                _fail(f"{name}{_MESSAGES[error.errno]}")
+            raise
+
+    app.run(checked, flags_parser=_parse_flags)
+
+
+_MESSAGES = {
+    errno.ENOSPC: "no space left on the device; free some and run the same command again, finished parts are kept",
+    errno.EDQUOT: "disk quota exceeded; free some and run the same command again, finished parts are kept",
+    errno.ENOENT: "no such file or directory",
+    errno.EACCES: "permission denied",
+    errno.EROFS: "read-only file system",
+    errno.EISDIR: "is a directory, expected a file",
+    errno.ENOTDIR: "a part of the path is not a directory",
+}
+
+
+def _parse_flags(arguments: Sequence[str]) -> list[str]:
+    try:
+        return flags.FLAGS(arguments)
+    except (flags.Error, UserError, AttributeError, KeyError, TypeError, ValueError) as error:
+        _fail(" ".join(str(error).split()))
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(1)

@@ -1,0 +1,1 @@
+"""Chunk embeddings, the ScaNN index, the retrieval database and precomputed neighbours."""

@@ -1,0 +1,1 @@
+"""Loss, optimizer, train state, step, loop and checkpoints."""

@@ -1,0 +1,54 @@
+"""Package metadata. Extras keep installs small: the base trains, evaluates and exports without TensorFlow or ScaNN."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+DATA = [
+    "tensorflow~=2.20.0",  # scann 1.4.2 does not import beside 2.21
+    "tensorflow-text~=2.20.0",
+    "scann~=1.4.2",
+    "apache-beam~=2.77",
+]
+SERVE = [
+    "scann~=1.4.2",
+    "grpcio>=1.80",
+    "grpcio-health-checking>=1.80",
+    "prometheus-client>=0.20",
+]
+DEV = ["pytest>=8", "pytest-timeout>=2", "pytest-xdist>=3", "hypothesis>=6", "ruff>=0.6", "tokenizers>=0.20"]
+
+setup(
+    name="retro_jax",
+    version="0.1.0",
+    description="RETRO, the retrieval-enhanced transformer, in JAX and Flax: data, training, evaluation, sampling",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.11",
+    packages=find_packages(include=["retro_jax", "retro_jax.*"]),
+    install_requires=[
+        "jax>=0.10.2",
+        "flax~=0.12.8",
+        "optax~=0.2.8",
+        "orbax-checkpoint~=0.12.8",
+        "grain~=0.2.18",
+        "ml-collections~=1.1",
+        "absl-py>=2.1",
+        "numpy>=2.0",
+        "sentencepiece~=0.2.1",
+        "safetensors>=0.5",
+        "google-crc32c>=1.5",
+        "zstandard>=0.22",
+        "tensorboardX>=2.6",
+        "tqdm>=4.66",
+        "matplotlib>=3.9",
+    ],
+    extras_require={
+        "data": DATA,
+        "serve": SERVE,
+        "tpu": ["jax[tpu]>=0.10.2"],
+        "cuda13": ["jax[cuda13]>=0.10.2"],
+        "interop": ["huggingface-hub>=0.25", "tokenizers>=0.20"],
+        "dev": DEV,
+    },
+)
