@@ -7,6 +7,8 @@ import types
 import typing
 from typing import Any, TypeVar
 
+import ml_collections
+
 from retro_jax.errors import UserError
 
 T = TypeVar("T")
@@ -106,6 +108,120 @@ class RetroConfig:
         return not self.cca_layers
 
 
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; -1, for one of them, takes all that are left.
+
+    Attributes:
+      data: batch split, parameters replicated.
+      fsdp: batch split, parameters and optimizer state split too (ZeRO-3).
+      tensor: heads, feed-forward and vocabulary split.
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What is read and in which order.
+
+    Attributes:
+      sequences: directories of the sequences stage; a comma separates several.
+      weights: mixture weight of each; empty for weights by number of sequences.
+      neighbours: K fed to the model, at most the K stored.
+      seed: of the shuffle and the mixture.
+    """
+
+    sequences: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
+    neighbours: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        # A list given on the command line arrives as one string with commas.
+        names = tuple(name for entry in self.sequences for name in entry.split(",") if name)
+        object.__setattr__(self, "sequences", names)
+        _require(self.neighbours >= 1, "data.neighbours must be at least 1 (a baseline ignores it)")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and one cosine cycle (paper appendix C.1; the rest from spec section 5.1).
+
+    Attributes:
+      peak_learning_rate: reached after `warmup_steps`, from `initial_learning_rate`.
+      final_fraction: learning rate of the last step as a share of the peak.
+      beta1, beta2, epsilon: of Adam.
+      weight_decay: applied to matrices and embeddings, not to norms and attention biases.
+      clip_norm: global gradient norm above which gradients are scaled down; 0 turns clipping off.
+    """
+
+    peak_learning_rate: float = 2e-4
+    initial_learning_rate: float = 1e-7
+    warmup_steps: int = 750
+    final_fraction: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(self.peak_learning_rate > 0, "optimizer.peak_learning_rate must be positive")
+        _require(self.warmup_steps >= 0, "optimizer.warmup_steps must not be negative")
+        _require(0 <= self.final_fraction <= 1, "optimizer.final_fraction must be between 0 and 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save and what to keep.
+
+    Attributes:
+      every_steps: steps between saves; the last step and SIGTERM save as well.
+      keep_last: newest checkpoints kept.
+    """
+
+    every_steps: int = 1000
+    keep_last: int = 2
+
+    def __post_init__(self) -> None:
+        _require(self.every_steps > 0, "checkpoint.every_steps must be positive")
+        _require(self.keep_last > 0, "checkpoint.keep_last must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One training run.
+
+    Attributes:
+      model: architecture.
+      data, optimizer, mesh, checkpoint: see their classes.
+      steps: optimizer steps of the run; the cosine ends there.
+      batch_size: sequences of a step, over all devices.
+      vocab_block: vocabulary rows of one block of the loss; 0 for the whole vocabulary at once.
+      log_every: steps between metric lines.
+      seed: of the parameters' initialisation.
+    """
+
+    model: RetroConfig
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    steps: int = 1000
+    batch_size: int = 8
+    vocab_block: int = 16_384
+    log_every: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "log_every"):
+            _require(getattr(self, name) > 0, f"{name} must be positive, is {getattr(self, name)}")
+        _require(self.vocab_block >= 0, "vocab_block must not be negative")
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """A config dataclass as plain JSON types (tuples become lists)."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
@@ -134,6 +250,16 @@ def from_dict(cls: type[T], values: dict[str, Any], path: str = "config") -> T:
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise UserError(f"{path}.{name}: missing")
     return cls(**arguments)
+
+
+def to_config_dict(config: Any) -> ml_collections.ConfigDict:
+    """A config dataclass as a ConfigDict, for recipes in experiments/ and --config.a.b=value on the command line."""
+    return ml_collections.ConfigDict(dataclasses.asdict(config))
+
+
+def from_config_dict(cls: type[T], config: ml_collections.ConfigDict) -> T:
+    """The typed form of a recipe's ConfigDict; raises UserError as `from_dict` does."""
+    return from_dict(cls, config.to_dict())
 
 
 def did_you_mean(name: str, known: typing.Iterable[str]) -> str:

@@ -1,0 +1,51 @@
+"""AdamW as the paper trains: linear warm-up, one cosine cycle, decay of matrices only, clipped gradients."""
+
+from typing import Any
+
+import jax
+import optax
+
+from retro_jax.config import OptimizerConfig
+from retro_jax.errors import UserError
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Linear from `initial_learning_rate` to the peak over `warmup_steps`, then cosine to the final fraction.
+
+    Raises:
+      UserError: the warm-up does not end before the run does.
+    """
+    if config.warmup_steps >= steps:
+        raise UserError(f"optimizer.warmup_steps {config.warmup_steps} must be below steps {steps}")
+    return optax.warmup_cosine_decay_schedule(
+        init_value=config.initial_learning_rate,
+        peak_value=config.peak_learning_rate,
+        warmup_steps=config.warmup_steps,
+        decay_steps=steps,
+        end_value=config.peak_learning_rate * config.final_fraction,
+    )
+
+
+def decay_mask(axes: Any) -> Any:
+    """True for matrices and embedding tables; False for norm scales and the attention biases u and v.
+
+    Args:
+      axes: tree of tuples of logical axis names, as `retro_jax.model.layers.logical_axes` returns.
+    """
+
+    def decays(names: tuple[str | None, ...]) -> bool:
+        own = tuple(name for name in names if name != "layers")
+        return len(own) >= 2 and own != ("heads", "head")
+
+    return jax.tree.map(decays, axes, is_leaf=lambda node: isinstance(node, tuple))
+
+
+def create_optimizer(config: OptimizerConfig, steps: int, axes: Any) -> optax.GradientTransformation:
+    """The gradient transformation of a run; `axes` as in `decay_mask`."""
+    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm > 0 else []
+    return optax.chain(
+        *clip,
+        optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon),
+        optax.add_decayed_weights(config.weight_decay, mask=decay_mask(axes)),
+        optax.scale_by_learning_rate(learning_rate(config, steps)),
+    )

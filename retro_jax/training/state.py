@@ -1,0 +1,111 @@
+"""What a training run carries from step to step, where each array lives, and how it is named on disk."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from retro_jax.config import RetroConfig
+from retro_jax.model.layers import logical_axes
+from retro_jax.model.retro import Retro
+from retro_jax.parallel import rules
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class TrainState:
+    """Step counter (int32 scalar), parameters and optimizer state."""
+
+    step: jax.Array
+    params: nnx.State
+    opt_state: optax.OptState
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelPlan:
+    """A model without numbers: its graph, abstract parameters with their shardings, and logical axes."""
+
+    graphdef: nnx.GraphDef
+    axes: Any
+    params: nnx.State
+
+    def merge(self, params: nnx.State) -> Retro:
+        """The module with these parameters."""
+        return nnx.merge(self.graphdef, params)
+
+
+def plan_model(config: RetroConfig, mesh: Mesh) -> ModelPlan:
+    """Shapes and shardings of a model's parameters, without allocating them."""
+    model = nnx.eval_shape(lambda: Retro(config, rngs=nnx.Rngs(0)))
+    graphdef, params = nnx.split(model)
+    axes = logical_axes(params)
+    return ModelPlan(graphdef, axes, _with_shardings(params, rules.shardings(axes, params, mesh)))
+
+
+def plan_state(plan: ModelPlan, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The abstract train state with shardings; the optimizer's moments lie as their parameters do."""
+    everywhere = rules.replicated(mesh)
+    opt_state = jax.eval_shape(optimizer.init, plan.params)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, plan.params)
+    opt_shardings = optax.tree_map_params(
+        optimizer, lambda _, sharding: sharding, opt_state, shardings, transform_non_params=lambda _: everywhere
+    )
+    return TrainState(
+        jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere), plan.params, _with_shardings(opt_state, opt_shardings)
+    )
+
+
+def initialise(
+    config: RetroConfig, plan: ModelPlan, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int
+) -> TrainState:
+    """A fresh state, made directly in its shardings; the same numbers on every mesh."""
+
+    def create() -> TrainState:
+        _, params = nnx.split(Retro(config, rngs=nnx.Rngs(seed)))
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, plan_state(plan, optimizer, mesh))
+    return jax.jit(create, out_shardings=shardings)()
+
+
+def to_nested_dict(tree: Any) -> dict[str, Any]:
+    """Any pytree as nested dicts with string keys: the form on disk."""
+    nested: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        *parents, last = _names(path)
+        level = nested
+        for name in parents:
+            level = level.setdefault(name, {})
+        level[last] = leaf
+    return nested
+
+
+def from_nested_dict(like: Any, nested: dict[str, Any]) -> Any:
+    """The inverse of `to_nested_dict`, into the structure of `like`."""
+
+    def pick(path: tuple[Any, ...], _: Any) -> Any:
+        level = nested
+        for name in _names(path):
+            level = level[name]
+        return level
+
+    return jax.tree_util.tree_map_with_path(pick, like)
+
+
+def _names(path: tuple[Any, ...]) -> list[str]:
+    return [jax.tree_util.keystr((key,), simple=True) for key in path if not _is_variable_value(key)]
+
+
+def _is_variable_value(key: Any) -> bool:
+    """The innermost key of an nnx.Variable leaf says only `.value`; it carries no information."""
+    return isinstance(key, jax.tree_util.GetAttrKey) and key.name in ("value", "raw_value", "_raw_value")
+
+
+def _with_shardings(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+    )

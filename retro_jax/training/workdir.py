@@ -1,0 +1,65 @@
+"""The directory of one run: its resolved configuration, metrics and checkpoints."""
+
+import json
+import os
+from pathlib import Path
+
+from retro_jax.config import TrainConfig, from_dict, to_dict
+from retro_jax.data.stage import write_json
+from retro_jax.errors import UserError
+
+CONFIG = "config.json"
+CHECKPOINTS = "checkpoints"
+
+# Settings that change no number of the run, so that a resumed run may have others.
+CHANGEABLE = ("mesh.", "checkpoint.", "log_every")
+
+
+def open_workdir(workdir: str | os.PathLike, config: TrainConfig) -> Path:
+    """Creates the directory, or checks that it belongs to this very configuration, and records the configuration.
+
+    Raises:
+      UserError: it holds another run (each differing setting is named), or other files.
+    """
+    workdir = Path(workdir)
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"{workdir} is a file; --workdir names a directory")
+    workdir.mkdir(parents=True, exist_ok=True)
+    if (workdir / CONFIG).is_file():
+        found, wanted = _flat(to_dict(load_config(workdir))), _flat(to_dict(config))
+        different = [
+            f"{key} = {found.get(key)} (now {wanted.get(key)})"
+            for key in sorted(found.keys() | wanted.keys())
+            if found.get(key) != wanted.get(key) and not key.startswith(CHANGEABLE)
+        ]
+        if different:
+            raise UserError(
+                f"{workdir} belongs to a run with {', '.join(different)}; give another --workdir or the same settings"
+            )
+    elif any(workdir.iterdir()):
+        raise UserError(f"{workdir} is not empty and holds no run; give another --workdir")
+    write_json(workdir / CONFIG, to_dict(config))
+    return workdir
+
+
+def load_config(workdir: str | os.PathLike) -> TrainConfig:
+    """The configuration a run was started with.
+
+    Raises:
+      UserError: there is no run here, or its configuration is not readable.
+    """
+    path = Path(workdir) / CONFIG
+    if not path.is_file():
+        raise UserError(
+            f"{workdir}: no {CONFIG}, so no run is here; --workdir names the directory given to launch/train.py"
+        )
+    try:
+        return from_dict(TrainConfig, json.loads(path.read_text()))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); the run cannot be identified") from None
+
+
+def _flat(value: object, prefix: str = "") -> dict[str, object]:
+    if isinstance(value, dict):
+        return {key: leaf for name, item in value.items() for key, leaf in _flat(item, f"{prefix}{name}.").items()}
+    return {prefix.removesuffix("."): value}
