@@ -1,0 +1,249 @@
+"""Multi-head attention with relative positions: the one core of all four attentions (paper section 2.5, App. B.1.2).
+
+The core sees queries in groups X and keys in groups Y, so that self-attention (X = Y = 1), the encoder's
+cross-attention (the K neighbours of a chunk query one chunk: X = K, Y = 1) and chunked cross-attention (one chunk
+queries K neighbours under one softmax: X = 1, Y = K) are the same computation. Groups share positions.
+Heads lead ([N, B, ...]): the positional product then is one matrix product per head, with nothing to transpose.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from retro_jax.config import RetroConfig
+from retro_jax.model.layers import RMSNorm, Stream, compute_dtype, normal, residual_scale, statistics_dtype
+
+
+class Positions(NamedTuple):
+    """What an attention needs to know about where its queries and keys lie; the same for every layer of a stack.
+
+    Attributes:
+      sinusoids: transformer_xl: [P, D] vectors of the distinct distances, descending; else None.
+      rotations: rope: (cos, sin) of the queries [I, H/2] and (cos, sin) of the keys [J, H/2]; else None.
+    """
+
+    sinusoids: jax.Array | None
+    rotations: tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]] | None
+
+
+def positions(
+    config: RetroConfig,
+    *,
+    query_width: int,
+    head_size: int,
+    queries: int,
+    keys: int,
+    offset: int = 0,
+    causal: bool = False,
+) -> Positions:
+    """Positions of `queries` and `keys` of which query i and key j are `i - j + offset` apart.
+
+    Args:
+      config: chooses transformer_xl or rope.
+      query_width: D of the query stream, width of the sinusoids (spec: W_R maps from it).
+      head_size: H, for rope.
+      queries, keys: I and J.
+      offset: distance of query 0 and key 0.
+      causal: only distances >= 0 are needed (I == J, offset 0); halves the positional product.
+    """
+    dtype = statistics_dtype(config)
+    if config.positions == "rope":
+        return Positions(
+            None,
+            (
+                rotation(jnp.arange(queries) + offset, head_size, config.rope_theta, dtype),
+                rotation(jnp.arange(keys), head_size, config.rope_theta, dtype),
+            ),
+        )
+    # The causal table ends with distance -1: skew() needs one column more than there are keys.
+    count = queries + 1 if causal else queries + keys - 1
+    distances = (queries - 1 + offset) - jnp.arange(count)
+    return Positions(sinusoid(distances, query_width, dtype), None)
+
+
+def sinusoid(distances: jax.Array, width: int, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    """R(delta) = concat(sin(delta w_a), cos(delta w_a)), w_a = 10000^(-2a/D) (Dai et al. 2019): [P] to [P, D]."""
+    frequencies = 10_000.0 ** (-jnp.arange(0, width, 2, dtype=dtype) / width)
+    angles = distances.astype(dtype)[:, None] * frequencies
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+def rotation(places: jax.Array, head_size: int, theta: float, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """(cos, sin) of the rotary angles, each [P, H/2]."""
+    frequencies = theta ** (-jnp.arange(0, head_size, 2, dtype=dtype) / head_size)
+    angles = places.astype(dtype)[:, None] * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates the pairs (a, a + H/2) of x [..., P, H] by `angles`; the product of two depends on distance only."""
+    cos, sin = angles
+    first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def skew(products: jax.Array, keys: int) -> jax.Array:
+    """Aligns products with descending distances to keys: out[..., i, j] = products[..., i, j + I - 1 - i].
+
+    Read row after row with a stride one shorter, each row starts one distance later, which is the shift wanted:
+    two slices and a reshape instead of a gather.
+
+    Args:
+      products: [..., I, P]; column p belongs to distance d_0 - p. P >= J + 1 or P == I + J - 1.
+      keys: J.
+
+    Returns:
+      [..., I, J]. When P < I + J - 1 the entries with j + I - 1 - i >= P are meaningless and must be masked.
+    """
+    queries, distances = products.shape[-2:]
+    lead = products.shape[:-2]
+    if queries == 1:
+        return products[..., :keys]
+    flat = products.reshape(*lead, queries * distances)
+    flat = flat[..., queries - 1 : queries - 1 + queries * (distances - 1)]
+    return flat.reshape(*lead, queries, distances - 1)[..., :keys]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def masked_softmax(logits: jax.Array, mask: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Softmax jointly over `axes` of the entries where `mask`; exactly 0 elsewhere, also where nothing is left.
+
+    Args:
+      logits: any shape, float32 or float64; may hold any finite value where masked.
+      mask: bool, broadcastable to logits.
+      axes: summed over together.
+    """
+    lowest = jnp.finfo(logits.dtype).min
+    logits = jnp.where(mask, logits, lowest)
+    top = jnp.max(logits, axis=axes, keepdims=True)
+    weights = jnp.where(mask, jnp.exp(logits - top), 0)
+    total = jnp.sum(weights, axis=axes, keepdims=True)
+    return weights / jnp.where(total > 0, total, 1)
+
+
+@masked_softmax.defjvp
+def _masked_softmax_jvp(axes, primals, tangents):
+    # By hand, so that the backward pass keeps the probabilities and nothing else.
+    probabilities = masked_softmax(*primals, axes)
+    product = probabilities * tangents[0]
+    return probabilities, product - probabilities * jnp.sum(product, axis=axes, keepdims=True)
+
+
+class Attention(nnx.Module):
+    """Projections of one attention and `attend`, shared by the four kinds.
+
+    Parameters: query [D, N, H], key and value [C, N, H], output [N, H, D]; transformer_xl adds relative W_R [D, N, H]
+    and the biases content_bias u and position_bias v [N, H] (spec section 3.6).
+    """
+
+    def __init__(
+        self,
+        config: RetroConfig,
+        *,
+        queries: Stream,
+        source: Stream,
+        num_heads: int,
+        head_size: int,
+        num_layers: int,
+        rngs: nnx.Rngs,
+    ):
+        """`num_layers` is the depth of the residual stream that the output adds to."""
+        dtype = statistics_dtype(config)
+        heads = (num_heads, head_size)
+        from_queries, from_source = (queries.axis, "heads", "head"), (source.axis, "heads", "head")
+        self.compute = compute_dtype(config)
+        self.statistics = dtype
+        self.scale = 1 / math.sqrt(head_size)
+        self.norm = RMSNorm(config, queries)
+        self.query = normal(rngs, (queries.width, *heads), from_queries, config.init_scale, dtype)
+        self.key = normal(rngs, (source.width, *heads), from_source, config.init_scale, dtype)
+        self.value = normal(rngs, (source.width, *heads), from_source, config.init_scale, dtype)
+        self.output = normal(
+            rngs,
+            (*heads, queries.width),
+            ("heads", "head", queries.axis),
+            residual_scale(config, num_layers),
+            dtype,
+        )
+        if config.positions == "transformer_xl":
+            self.relative = normal(rngs, (queries.width, *heads), from_queries, config.init_scale, dtype)
+            self.content_bias = nnx.Param(jnp.zeros(heads, dtype), axes=("heads", "head"))
+            self.position_bias = nnx.Param(jnp.zeros(heads, dtype), axes=("heads", "head"))
+
+    def attend(
+        self, x: jax.Array, source: jax.Array, valid: jax.Array, where: Positions, *, causal: bool = False
+    ) -> jax.Array:
+        """Attention of x on source: softmax jointly over all Y*J keys, projected back to the query stream.
+
+        Args:
+          x: [B..., X, I, D] normalised queries.
+          source: [B..., Y, J, C] normalised keys and values.
+          valid: [B..., Y, J] bool, which keys may be seen.
+          where: positions of I queries and J keys.
+          causal: key j is seen by queries i >= j only.
+
+        Returns:
+          [B..., X, I, D]; exactly 0 for a query that may see no key.
+        """
+        query = self._heads(x, self.query)
+        key = self._heads(source, self.key)
+        value = self._heads(source, self.value)
+        if where.rotations is not None:
+            rotate_query, rotate_key = where.rotations
+            logits = self._products(rotate(query * self.scale, rotate_query), rotate(key, rotate_key))
+        else:
+            relative = self._heads(where.sinusoids.astype(self.compute), self.relative)
+            logits = self._products(self._biased(query, self.content_bias), key)
+            products = jnp.einsum(
+                "n...h,nph->n...p",
+                self._biased(query, self.position_bias),
+                relative,
+                preferred_element_type=self.statistics,
+            )
+            logits = logits + skew(products, source.shape[-2])[..., None, :]
+        mask = valid[..., None, None, :, :]
+        if causal:
+            order = jnp.arange(x.shape[-2])[:, None] >= jnp.arange(source.shape[-2])
+            mask = mask & order[:, None, :]
+        probabilities = masked_softmax(logits, mask, (-2, -1)).astype(self.compute)
+        heads = jnp.einsum("n...xiyj,n...yjh->n...xih", probabilities, value)
+        return jnp.einsum("n...h,nhd->...d", heads, self.output[...].astype(self.compute))
+
+    def _heads(self, x: jax.Array, kernel: nnx.Param) -> jax.Array:
+        """[..., D] to [N, ..., H]."""
+        return jnp.einsum("...d,dnh->n...h", x, kernel[...].astype(self.compute))
+
+    def _biased(self, query: jax.Array, bias: nnx.Param) -> jax.Array:
+        """(q + bias) / sqrt(H) of q [N, ..., H]."""
+        bias = bias[...].reshape(bias.shape[0], *(1,) * (query.ndim - 2), bias.shape[1])
+        return (query + bias.astype(self.compute)) * self.scale
+
+    def _products(self, query: jax.Array, key: jax.Array) -> jax.Array:
+        """[N, B..., X, I, H] and [N, B..., Y, J, H] to [N, B..., X, I, Y, J]."""
+        return jnp.einsum("n...xih,n...yjh->n...xiyj", query, key, preferred_element_type=self.statistics)
+
+
+class SelfAttention(Attention):
+    """ATTN of paper section 2.4 (causal, decoder) and of the encoder (bidirectional), with its norm and residual."""
+
+    def __init__(
+        self, config: RetroConfig, stream: Stream, num_heads: int, head_size: int, num_layers: int, rngs: nnx.Rngs
+    ):
+        super().__init__(
+            config,
+            queries=stream,
+            source=stream,
+            num_heads=num_heads,
+            head_size=head_size,
+            num_layers=num_layers,
+            rngs=rngs,
+        )
+
+    def __call__(self, x: jax.Array, valid: jax.Array, where: Positions, *, causal: bool) -> jax.Array:
+        """x [..., T, D] and valid [..., T] bool to x + attention, [..., T, D]."""
+        y = self.norm(x)[..., None, :, :]
+        return x + self.attend(y, y, valid[..., None, :], where, causal=causal)[..., 0, :, :]

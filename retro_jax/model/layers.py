@@ -1,0 +1,115 @@
+"""The small parts every block is made of: parameters with named axes, RMSNorm, feed-forward, token embedding."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from retro_jax.config import RetroConfig
+from retro_jax.errors import UserError
+
+
+class Stream(NamedTuple):
+    """A residual stream: its width and the logical name of that axis ("embed" D or "encoder_embed" E)."""
+
+    width: int
+    axis: str
+
+
+def decoder_stream(config: RetroConfig) -> Stream:
+    return Stream(config.width, "embed")
+
+
+def encoder_stream(config: RetroConfig) -> Stream:
+    # A shared embedding table is one array, so its width can have one name only.
+    return Stream(config.encoder_width, "encoder_embed")
+
+
+def compute_dtype(config: RetroConfig) -> jnp.dtype:
+    """Of activations and of the operands of matrix products."""
+    return jnp.dtype(config.dtype)
+
+
+def statistics_dtype(config: RetroConfig) -> jnp.dtype:
+    """Of parameters, norms, attention logits, softmax and output logits: float32, or float64 when computing in it."""
+    return jnp.promote_types(compute_dtype(config), jnp.float32)
+
+
+def require_dtype(config: RetroConfig) -> None:
+    """Raises UserError when JAX would silently compute in another dtype than the configured one."""
+    if config.dtype == "float64" and not jax.config.jax_enable_x64:
+        raise UserError("model.dtype: float64 needs jax_enable_x64; set JAX_ENABLE_X64=1 or choose float32")
+
+
+def normal(
+    rngs: nnx.Rngs, shape: Sequence[int], axes: tuple[str | None, ...], scale: float, dtype: jnp.dtype
+) -> nnx.Param:
+    """A parameter drawn from N(0, scale^2). `axes` names each dimension for the sharding rules."""
+    return nnx.Param(scale * jax.random.normal(rngs.params(), tuple(shape), dtype), axes=axes)
+
+
+def residual_scale(config: RetroConfig, num_layers: int) -> float:
+    """Initial scale of projections that add to a residual stream of `num_layers` blocks (GPT-2)."""
+    return config.init_scale / math.sqrt(2 * num_layers)
+
+
+def logical_axes(params: Any) -> Any:
+    """The tree of logical axis names of a parameter state, for sharding rules.
+
+    Args:
+      params: `nnx.State` of Param leaves, concrete or abstract, as `nnx.split(model)` gives it (or a tree of the same
+        structure, such as gradients).
+
+    Returns:
+      the same tree with a tuple of names in the place of each Param: "vocab", "embed", "encoder_embed", "heads",
+      "head", "ffw", "layers"; one name per dimension.
+    """
+    return jax.tree.map(lambda param: param.axes, params, is_leaf=lambda node: isinstance(node, nnx.Variable))
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale over the last axis, without bias (paper section 2.5); statistics in float32."""
+
+    def __init__(self, config: RetroConfig, stream: Stream):
+        self.epsilon = config.norm_epsilon
+        self.statistics = statistics_dtype(config)
+        self.scale = nnx.Param(jnp.ones((stream.width,), self.statistics), axes=(stream.axis,))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] to [..., D], dtype kept."""
+        y = x.astype(self.statistics)
+        inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
+        return (y * inverse_rms * self.scale[...]).astype(x.dtype)
+
+
+class FeedForward(nnx.Module):
+    """FFW of paper section 2.4: x + down(gelu(up(norm(x)))), not gated, without biases; GELU by tanh as in GPT-2."""
+
+    def __init__(self, config: RetroConfig, stream: Stream, hidden: int, num_layers: int, rngs: nnx.Rngs):
+        dtype = statistics_dtype(config)
+        self.norm = RMSNorm(config, stream)
+        self.up = normal(rngs, (stream.width, hidden), (stream.axis, "ffw"), config.init_scale, dtype)
+        self.down = normal(
+            rngs, (hidden, stream.width), ("ffw", stream.axis), residual_scale(config, num_layers), dtype
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] to [..., D]."""
+        hidden = jax.nn.gelu(self.norm(x) @ self.up[...].astype(x.dtype), approximate=True)
+        return x + hidden @ self.down[...].astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """Token embedding table [V, D]."""
+
+    def __init__(self, config: RetroConfig, stream: Stream, rngs: nnx.Rngs):
+        self.dtype = compute_dtype(config)
+        shape = (config.vocab_size, stream.width)
+        self.table = normal(rngs, shape, ("vocab", stream.axis), config.init_scale, statistics_dtype(config))
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """[...] int32 to [..., D]; an id beyond the vocabulary gives NaN, so that it cannot pass unnoticed."""
+        return jnp.take(self.table[...], tokens, axis=0, mode="fill").astype(self.dtype)

@@ -1,0 +1,102 @@
+"""RETRO: embedding, decoder with chunked cross-attention, neighbour encoder and output head (paper algorithm 1)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from retro_jax.config import RetroConfig
+from retro_jax.errors import UserError
+from retro_jax.model.chunked_cross_attention import Memory
+from retro_jax.model.decoder import Decoder
+from retro_jax.model.encoder import Encoder
+from retro_jax.model.layers import (
+    Embedding,
+    compute_dtype,
+    decoder_stream,
+    encoder_stream,
+    normal,
+    require_dtype,
+    statistics_dtype,
+)
+
+
+class Retro(nnx.Module):
+    """The retrieval-enhanced transformer; with `config.cca_layers == ()` the plain baseline.
+
+    Used functionally: `graphdef, params = nnx.split(Retro(config))`, and inside `jax.jit`
+    `nnx.merge(graphdef, params)(tokens, neighbours)`.
+
+    In all methods
+      tokens: [B, T] int32. T need not be a multiple of M: chunks are counted from the left, and an incomplete last
+        chunk has no neighbours.
+      neighbours: [B, T // M, K, R] int32, for each complete chunk K neighbours with their continuations; any K, any R.
+        None is RETRO[OFF]: encoder and every CCA are skipped.
+    PAD (config.pad_id) is seen by nothing, neither in tokens nor in neighbours; a chunk whose neighbours are all PAD is
+    as if it had none.
+    """
+
+    def __init__(self, config: RetroConfig, rngs: nnx.Rngs | None = None):
+        """`rngs` (default seed 0) only draws the initial parameters; nothing random stays in the model."""
+        require_dtype(config)
+        rngs = nnx.Rngs(0) if rngs is None else rngs
+        self.config = config
+        self.embedding = Embedding(config, decoder_stream(config), rngs)
+        self.decoder = Decoder(config, rngs)
+        self.encoder = None if config.is_baseline else Encoder(config, rngs)
+        separate = not (config.is_baseline or config.share_embeddings)
+        self.encoder_embedding = Embedding(config, encoder_stream(config), rngs) if separate else None
+        self.head = None
+        if not config.tie_embeddings:
+            shape, axes = (config.vocab_size, config.width), ("vocab", "embed")
+            self.head = normal(rngs, shape, axes, config.init_scale, statistics_dtype(config))
+
+    def __call__(self, tokens: jax.Array, neighbours: jax.Array | None = None) -> jax.Array:
+        """Logits of the next token, [B, T, V] float32."""
+        return self.logits(self.hidden(tokens, neighbours))
+
+    def hidden(self, tokens: jax.Array, neighbours: jax.Array | None = None) -> jax.Array:
+        """What the output head reads: [B, T, D] after the final norm, in the compute dtype."""
+        self._check(tokens, neighbours)
+        context = self.decoder.context(tokens != self.config.pad_id)
+        x = self.decoder.enter(self.embedding(tokens), context)
+        return self.decoder.leave(x, context, self._encode(x, context.valid, neighbours))
+
+    def encode(self, tokens: jax.Array, neighbours: jax.Array) -> Memory | None:
+        """The encoded neighbours E that every CCA attends to; None when there is nothing to attend to."""
+        self._check(tokens, neighbours)
+        context = self.decoder.context(tokens != self.config.pad_id)
+        return self._encode(self.decoder.enter(self.embedding(tokens), context), context.valid, neighbours)
+
+    def head_kernel(self) -> jax.Array:
+        """[V, D] in the parameters' dtype: the embedding table when tied. For a loss over blocks of the vocabulary."""
+        return self.embedding.table[...] if self.head is None else self.head[...]
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """READ of algorithm 1: hidden [..., D] to logits [..., V] float32."""
+        kernel = self.head_kernel().astype(compute_dtype(self.config))
+        return jnp.einsum("...d,vd->...v", hidden, kernel, preferred_element_type=statistics_dtype(self.config))
+
+    def _encode(self, x: jax.Array, valid: jax.Array, neighbours: jax.Array | None) -> Memory | None:
+        if neighbours is None or neighbours.size == 0:  # no complete chunk, or k = 0
+            return None
+        embedding = self.embedding if self.encoder_embedding is None else self.encoder_embedding
+        return self.encoder(embedding(neighbours), neighbours != self.config.pad_id, x, valid)
+
+    def _check(self, tokens: jax.Array, neighbours: jax.Array | None) -> None:
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise UserError(f"tokens must be integers [B, T], are {tokens.dtype} {tuple(tokens.shape)}")
+        if neighbours is None:
+            return
+        if self.config.is_baseline:
+            raise UserError(
+                f"a baseline (cca_layers = ()) takes no neighbours; got neighbours {tuple(neighbours.shape)}"
+            )
+        length, m = tokens.shape[1], self.config.chunk_length
+        expected = (tokens.shape[0], length // m)
+        if neighbours.ndim != 4 or tuple(neighbours.shape[:2]) != expected:
+            raise UserError(
+                f"neighbours {tuple(neighbours.shape)} do not fit tokens {tuple(tokens.shape)}: with chunks of {m} they "
+                f"must be [{expected[0]}, {expected[1]}, K, R]"
+            )
+        if not jnp.issubdtype(neighbours.dtype, jnp.integer):
+            raise UserError(f"neighbours must be integers, are {neighbours.dtype}")
