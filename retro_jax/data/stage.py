@@ -210,8 +210,9 @@ class Stage:
     def __enter__(self) -> "Stage":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        pass
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind is not None and not self._shards and not self.complete:
+            self.discard()  # nothing was finished: a mended input must not find the traces of the bad one
 
     @property
     def complete(self) -> bool:
@@ -247,6 +248,16 @@ class Stage:
         (self.directory / PLAN).unlink(missing_ok=True)
         self.manifest = load_manifest(self.directory, self.name)
         return self.manifest
+
+    def discard(self) -> None:
+        """Takes back everything an unfinished stage wrote, and its directory when nothing else is in it."""
+        for shard in self._shards.values():
+            (self.directory / shard.name).unlink(missing_ok=True)
+            (self.directory / (shard.name + _DONE)).unlink(missing_ok=True)
+        self._shards = {}
+        (self.directory / PLAN).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.directory.rmdir()
 
     def _refuse_difference(self, found: dict[str, Any]) -> None:
         for path, old, new in _differences(found, self._plan):

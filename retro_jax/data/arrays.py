@@ -1,0 +1,48 @@
+"""One-dimensional .npy files written row block by row block, so that a file larger than memory is fine."""
+
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+
+class ArrayWriter:
+    """Writes an .npy file of unknown length; use as a context manager.
+
+    with ArrayWriter(path, dtype) as writer:
+        writer.append(rows)          # rows: array [n] of the dtype
+
+    Attributes:
+      rows: rows written so far.
+    """
+
+    def __init__(self, path: str | Path, dtype: np.dtype) -> None:
+        self.rows = 0
+        self._dtype = np.dtype(dtype)
+        self._file = open(path, "wb")  # noqa: SIM115  closed by __exit__
+        self._write_header()
+        self._header_size = self._file.tell()
+
+    def append(self, rows: np.ndarray) -> None:
+        """Writes rows [n] behind those before."""
+        rows = np.ascontiguousarray(rows, self._dtype)
+        self._file.write(rows.tobytes())
+        self.rows += len(rows)
+
+    def __enter__(self) -> "ArrayWriter":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self._file.seek(0)
+                self._write_header()
+                # NumPy pads the header so that the first axis can grow in place.
+                assert self._file.tell() == self._header_size
+        finally:
+            self._file.close()
+
+    def _write_header(self) -> None:
+        description = np.lib.format.dtype_to_descr(self._dtype)
+        header = {"descr": description, "fortran_order": False, "shape": (self.rows,)}
+        np.lib.format.write_array_header_1_0(self._file, header)

@@ -1,0 +1,238 @@
+"""SentencePiece without loss: `decode(encode(text)) == text` for every string, and the bytes of each token are known.
+
+Three things make it so. Bytes of characters outside the vocabulary become byte pieces. The text is not normalised, no
+space is put before it, none is removed. And U+2581, which SentencePiece writes for a space inside its pieces, is spelt
+as its three byte pieces when it stands in the text itself. Decoding joins the bytes of the pieces, so bits per byte
+are exact: `token_bytes` says how many UTF-8 bytes of the text each token stands for.
+"""
+
+import io
+import random
+import re
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+from retro_jax.data.stage import atomic_write, file_sha256
+from retro_jax.errors import UserError
+
+PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
+MODEL_TYPES = ("unigram", "bpe")
+
+_SPACE_MARK = "\u2581"
+# Always pieces of their own, whatever the text trained on.
+_WHITESPACE_PIECES = ["\n", "\n\n", "\t"]
+# The trainer drops a sentence with one of its reserved characters (tab, U+2585) and one longer than its limit.
+_SENTENCE_BREAKS = re.compile("[\n\t\0\u2581\u2585]+")
+_MAX_SENTENCE_CHARACTERS = 4096
+# The search for the best split adds scores up in float32, so a document is given to it in parts of about this size.
+_PART_CHARACTERS = 4096
+_MAX_PART_CHARACTERS = 65_536
+_LINE_END = re.compile("\n+")
+_PROBE = " a  b\n\n\tc\u2581\U0001f600\x00 <s> "
+
+
+def train_tokenizer(
+    texts: Iterable[str],
+    path: str | Path,
+    *,
+    vocab_size: int,
+    model_type: str = "unigram",
+    character_coverage: float = 0.9995,
+    max_sentences: int = 1_000_000,
+    seed: int = 0,
+) -> "Tokenizer":
+    """Trains a SentencePiece model on `texts` and writes it to `path` (whole, or not at all).
+
+    Ids 0 to 3 are PAD, BOS, EOS and unknown (never produced). Newline, double newline and tab are pieces of their own;
+    runs of spaces become pieces where the text has them. The same texts and settings give the same model.
+
+    Args:
+      texts: documents; read once.
+      path: file to write.
+      vocab_size: V, number of pieces.
+      model_type: "unigram" or "bpe".
+      character_coverage: share of the characters that get a piece; the rest is spelt in bytes.
+      max_sentences: a uniform sample of so many lines is trained on when there are more.
+      seed: of that sample.
+
+    Raises:
+      UserError: no text, or a vocabulary too large or too small for it (the message names the possible number).
+    """
+    if model_type not in MODEL_TYPES:
+        raise UserError(f"model_type {model_type!r} is none of {', '.join(MODEL_TYPES)}")
+    if not 0 < character_coverage <= 1:
+        raise UserError(f"character_coverage {character_coverage} is not above 0 and at most 1")
+    sentences = _sample_sentences(texts, max_sentences, seed)
+    if not sentences:
+        raise UserError("there is no text to train a tokenizer on")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.Train(
+            sentence_iterator=iter(sentences),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type=model_type,
+            character_coverage=character_coverage,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            user_defined_symbols=_WHITESPACE_PIECES,
+            pad_id=PAD_ID,
+            bos_id=BOS_ID,
+            eos_id=EOS_ID,
+            unk_id=UNK_ID,
+            max_sentence_length=4 * _MAX_SENTENCE_CHARACTERS,
+            num_threads=8,  # fixed, since the sums of several threads depend on how many they are
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise _training_error(str(error), vocab_size) from None
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(model.getvalue())
+    return Tokenizer(path)
+
+
+class Tokenizer:
+    """A trained SentencePiece model, read from a file.
+
+    Attributes:
+      path: the file.
+      vocab_size: V.
+      pad_id, bos_id, eos_id, unk_id: 0, 1, 2, 3; `encode` produces none of them.
+    """
+
+    pad_id = PAD_ID
+    bos_id = BOS_ID
+    eos_id = EOS_ID
+    unk_id = UNK_ID
+
+    def __init__(self, path: str | Path) -> None:
+        """Loads the model.
+
+        Raises:
+          UserError: no such file, not a SentencePiece model, or one that loses text (normalises, has no byte pieces)
+            or numbers its special tokens otherwise.
+        """
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise UserError(f"{self.path}: no such tokenizer file; make one with tools/train_tokenizer.py")
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
+        except (RuntimeError, OSError):
+            raise UserError(f"{self.path}: not a SentencePiece model; make one with tools/train_tokenizer.py") from None
+        processor = self._processor
+        self.vocab_size: int = processor.get_piece_size()
+        specials = (processor.pad_id(), processor.bos_id(), processor.eos_id(), processor.unk_id())
+        if specials != (PAD_ID, BOS_ID, EOS_ID, UNK_ID):
+            raise UserError(
+                f"{self.path}: PAD, BOS, EOS, unknown have ids {specials}, needed are 0, 1, 2, 3; "
+                "make a tokenizer with tools/train_tokenizer.py"
+            )
+        self._bytes = [self._bytes_of(token) for token in range(self.vocab_size)]
+        byte_ids = {self._bytes[token]: token for token in range(self.vocab_size) if processor.is_byte(token)}
+        if len(byte_ids) == 256:
+            self._space_mark_ids = [byte_ids[bytes([byte])] for byte in _SPACE_MARK.encode()]
+        if len(byte_ids) < 256 or self.decode(self.encode(_PROBE)) != _PROBE:
+            raise UserError(
+                f"{self.path}: this model does not give every text back (it needs byte fallback, identity "
+                "normalisation and no dummy prefix); make a tokenizer with tools/train_tokenizer.py"
+            )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits of the file's SHA-256."""
+        return file_sha256(self.path)[:16]
+
+    @cached_property
+    def token_bytes(self) -> np.ndarray:
+        """int32 [V], read-only: UTF-8 bytes of the text that each token stands for; 0 for special tokens."""
+        lengths = np.array([len(piece) for piece in self._bytes], np.int32)
+        lengths.setflags(write=False)
+        return lengths
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, without BOS or EOS; text that looks like a special token is text.
+
+        Args:
+          text: any string without lone surrogates.
+        """
+        ids: list[int] = []
+        for position, plain in enumerate(text.split(_SPACE_MARK)):
+            if position:
+                ids += self._space_mark_ids
+            for part in self._processor.encode(_parts(plain), num_threads=1):
+                ids += part
+        return ids
+
+    def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
+        """The bytes of the tokens, joined; special tokens give nothing."""
+        return b"".join([self._bytes[token] for token in np.asarray(ids, np.int64).reshape(-1).tolist()])
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of the tokens; bytes that are not UTF-8 (a character cut in two) become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def _bytes_of(self, token: int) -> bytes:
+        processor = self._processor
+        if processor.is_control(token) or processor.is_unknown(token) or processor.is_unused(token):
+            return b""
+        piece = processor.id_to_piece(token)
+        if processor.is_byte(token):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace(_SPACE_MARK, " ").encode()
+
+
+def _parts(text: str) -> list[str]:
+    """Cuts a text into parts of about _PART_CHARACTERS, behind a run of newlines: no piece reaches over one."""
+    parts = []
+    start = 0
+    while len(text) - start > _PART_CHARACTERS:
+        line_end = _LINE_END.search(text, start + _PART_CHARACTERS - 1, start + _MAX_PART_CHARACTERS)
+        if line_end:
+            stop = line_end.end()
+        else:
+            limit = start + _MAX_PART_CHARACTERS
+            if limit >= len(text):
+                break
+            stop = max(text.rfind(" ", start + 1, limit), start + _PART_CHARACTERS)
+        parts.append(text[start:stop])
+        start = stop
+    parts.append(text[start:])
+    return parts
+
+
+def _sample_sentences(texts: Iterable[str], count: int, seed: int) -> list[str]:
+    """A uniform sample of at most `count` lines (reservoir sampling), each short enough for the trainer."""
+    chooser = random.Random(seed)
+    sample: list[str] = []
+    seen = 0
+    for text in texts:
+        for line in _SENTENCE_BREAKS.split(text):
+            for start in range(0, len(line), _MAX_SENTENCE_CHARACTERS):
+                sentence = line[start : start + _MAX_SENTENCE_CHARACTERS]
+                if len(sample) < count:
+                    sample.append(sentence)
+                elif (place := chooser.randrange(seen + 1)) < count:
+                    sample[place] = sentence
+                seen += 1
+    return sample
+
+
+def _training_error(message: str, vocab_size: int) -> UserError:
+    if found := re.search(r"value <= (\d+)", message):
+        return UserError(
+            f"a vocabulary of {vocab_size} is too large for this text: at most {found[1]} is possible; "
+            "lower vocab_size or give more text"
+        )
+    if found := re.search(r"required_chars\. \d+ vs (\d+)", message):
+        return UserError(
+            f"a vocabulary of {vocab_size} is too small for this text: at least {found[1]} is needed; "
+            "raise vocab_size or lower character_coverage"
+        )
+    return UserError(f"SentencePiece could not train a vocabulary of {vocab_size}: {' '.join(message.split())}")
