@@ -14,6 +14,22 @@ from retro_jax.errors import UserError
 T = TypeVar("T")
 
 
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    _require(value in choices, f"{name}: {value!r} is none of {', '.join(choices)}")
+
+
+def _require_layers(name: str, layers: tuple[int, ...], count: int) -> None:
+    _require(
+        all(1 <= layer <= count for layer in layers) and len(set(layers)) == len(layers),
+        f"{name} are 1-based and distinct, at most {count}; found {layers}",
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class RetroConfig:
     """The architecture (paper section 2 and Tables 2 and 10). With `cca_layers=()` it is the baseline transformer.
@@ -79,6 +95,10 @@ class RetroConfig:
             self.positions != "rope" or self.head_size % 2 == 0,
             f"model.head_size must be even with rope positions, is {self.head_size}",
         )
+        _require(
+            self.positions != "transformer_xl" or self.width % 2 == 0,
+            f"model.width must be even with transformer_xl positions (sine and cosine), is {self.width}",
+        )
         if self.cca_layers:
             for name in (
                 "neighbour_length",
@@ -90,6 +110,12 @@ class RetroConfig:
             ):
                 _require(getattr(self, name) > 0, f"model.{name} must be positive, is {getattr(self, name)}")
             _require_layers("model.encoder_ca_layers", self.encoder_ca_layers, self.encoder_layers)
+            size, name = (
+                (self.encoder_head_size, "encoder_head_size")
+                if self.positions == "rope"
+                else (self.encoder_width, "encoder_width")
+            )
+            _require(size % 2 == 0, f"model.{name} must be even with {self.positions} positions, is {size}")
         _require(0 <= self.pad_id < self.vocab_size, f"model.pad_id {self.pad_id} is not below vocab_size")
         _require(
             not self.share_embeddings or self.encoder_width == self.width,
@@ -206,10 +232,10 @@ class TrainConfig:
     """
 
     model: RetroConfig
-    data: DataConfig = DataConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    mesh: MeshConfig = MeshConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     steps: int = 1000
     batch_size: int = 8
     vocab_block: int = 16_384
@@ -292,19 +318,3 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise UserError(f"{path}: expected {kind.__name__}, found {value!r}")
     return value
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
-
-
-def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    _require(value in choices, f"{name}: {value!r} is none of {', '.join(choices)}")
-
-
-def _require_layers(name: str, layers: tuple[int, ...], count: int) -> None:
-    _require(
-        all(1 <= layer <= count for layer in layers) and len(set(layers)) == len(layers),
-        f"{name} are 1-based and distinct, at most {count}; found {layers}",
-    )
