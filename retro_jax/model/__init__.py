@@ -1,7 +1,25 @@
 """The model: `Retro`, its sizes, and its parameters by name. Imports neither data nor retrieval."""
 
 from retro_jax.model.layers import logical_axes
-from retro_jax.model.presets import PRESETS, preset
+from retro_jax.model.parameters import (
+    abstract_parameters,
+    count_parameters,
+    from_layers,
+    matrix_parameters,
+    to_layers,
+)
+from retro_jax.model.presets import PRESETS, every_third, preset
 from retro_jax.model.retro import Retro
 
-__all__ = ["PRESETS", "Retro", "logical_axes", "preset"]
+__all__ = [
+    "PRESETS",
+    "Retro",
+    "abstract_parameters",
+    "count_parameters",
+    "every_third",
+    "from_layers",
+    "logical_axes",
+    "matrix_parameters",
+    "preset",
+    "to_layers",
+]

@@ -24,10 +24,10 @@ class Memory(NamedTuple):
 
 
 def attending_chunks(x: jax.Array, chunk_length: int, num_chunks: int) -> jax.Array:
-    """The attending chunks H_u^+: the last token of chunk u and the first M - 1 of the next, [B, T, D] to [B, L, M, D].
+    """The attending chunks H_u^+, last token of chunk u and first M - 1 of the next: [B, T, D] to [B, L, M, D].
 
-    Position t (0-based) lands in chunk (t + 1) // M - 1 at index (t + 1) % M; the first M - 1 are left out, and what the
-    last chunk lacks at the end of the sequence is 0.
+    Position t (0-based) lands in chunk (t + 1) // M - 1 at index (t + 1) % M; the first M - 1 are left out, and what
+    the last chunk lacks at the end of the sequence is 0.
     """
     x = x[:, chunk_length - 1 :]
     x = jnp.pad(x, ((0, 0), (0, num_chunks * chunk_length - x.shape[1]), (0, 0)))

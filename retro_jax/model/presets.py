@@ -8,8 +8,10 @@ from retro_jax.errors import UserError
 
 
 def every_third(num_layers: int, first: int = 6) -> tuple[int, ...]:
-    """P of the paper: every third layer from the sixth, 1-based. (Its Table 10 prints 9 for the two large sizes, but only
-    6 gives the parameter counts of its Table 2.)"""
+    """P of the paper: every third layer from the sixth, 1-based.
+
+    The paper's Table 10 prints a start of 9 for the two large sizes, but only 6 gives the counts of its Table 2.
+    """
     return tuple(range(first, num_layers + 1, 3))
 
 

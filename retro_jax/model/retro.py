@@ -95,8 +95,8 @@ class Retro(nnx.Module):
         expected = (tokens.shape[0], length // m)
         if neighbours.ndim != 4 or tuple(neighbours.shape[:2]) != expected:
             raise UserError(
-                f"neighbours {tuple(neighbours.shape)} do not fit tokens {tuple(tokens.shape)}: with chunks of {m} they "
-                f"must be [{expected[0]}, {expected[1]}, K, R]"
+                f"neighbours {tuple(neighbours.shape)} do not fit tokens {tuple(tokens.shape)}: "
+                f"with chunks of {m} they must be [{expected[0]}, {expected[1]}, K, R]"
             )
         if not jnp.issubdtype(neighbours.dtype, jnp.integer):
             raise UserError(f"neighbours must be integers, are {neighbours.dtype}")

@@ -1,0 +1,124 @@
+"""Parameters by name, one layer at a time, and how many there are.
+
+The model stacks the parameters of equal layers (see `decoder.layer_plan`), and how depends on P. Export, import and
+RETROfitting need names that do not: `decoder.layers.6.cca.query` is the query projection of CCA in the sixth layer.
+Layers are counted from 1, as P is in the paper and in the configuration. The names:
+
+    embedding.table  encoder_embedding.table  head
+    decoder.layers.{1..}.attention|cca.{norm.scale, query, key, value, output, relative, content_bias, position_bias}
+    decoder.layers.{1..}.ffw.{norm.scale, up, down}         decoder.norm.scale
+    encoder.layers.{1..}.attention|ca|ffw.…                 encoder.layers.{1..}.ca.source_norm.scale
+    encoder.norm.scale
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from retro_jax.config import RetroConfig, did_you_mean
+from retro_jax.errors import UserError
+from retro_jax.model.decoder import layer_plan
+from retro_jax.model.retro import Retro
+
+Path = tuple[str | int, ...]
+
+
+def abstract_parameters(config: RetroConfig) -> nnx.State:
+    """The parameter state of `Retro(config)` with shapes and dtypes in the place of arrays; nothing is allocated."""
+    return jax.eval_shape(lambda: nnx.state(Retro(config)))
+
+
+def to_layers(params: nnx.State, config: RetroConfig) -> dict[str, Any]:
+    """Stacked parameters to one entry per layer and parameter.
+
+    Args:
+      params: as `nnx.split(Retro(config))[1]`, or another state of that structure (gradients, averages).
+      config: the model's.
+    """
+    flat = {}
+    for path, param in nnx.to_flat_state(params):
+        for name, index in _names(path, config):
+            flat[name] = param[...] if index is None else param[index]
+    return flat
+
+
+def from_layers(flat: Mapping[str, Any], config: RetroConfig) -> nnx.State:
+    """Inverse of `to_layers`: the state that `nnx.merge` and checkpoints take. NumPy arrays stay NumPy arrays.
+
+    Raises:
+      UserError: a name is missing or unknown, or a shape is not that of the configuration.
+    """
+    left = dict(flat)
+
+    def take(name: str, shape: tuple[int, ...]) -> Any:
+        if name not in left:
+            raise UserError(f"parameter {name} is missing{did_you_mean(name, left) if left else ''}")
+        value = left.pop(name)
+        if tuple(value.shape) != shape:
+            raise UserError(f"parameter {name} has shape {tuple(value.shape)}, the configuration needs {shape}")
+        return value
+
+    state = []
+    for path, param in nnx.to_flat_state(abstract_parameters(config)):
+        names = list(_names(path, config))
+        if names[0][1] is None:
+            value = take(names[0][0], tuple(param.shape))
+        else:
+            values = [take(name, tuple(param.shape[1:])) for name, _ in names]
+            stack = np.stack if all(isinstance(value, np.ndarray) for value in values) else jnp.stack
+            value = stack(values)
+        state.append((path, param.replace(value)))
+    if left:
+        unknown = next(iter(left))
+        known = [name for path, _ in state for name, _ in _names(path, config)]
+        raise UserError(f"parameter {unknown} is unknown to the configuration{did_you_mean(unknown, known)}")
+    return nnx.from_flat_state(state)
+
+
+def _names(path: Path, config: RetroConfig) -> Iterator[tuple[str, int | None]]:
+    """(name, index along the stacked axis or None) of each layer's parameter that the array at `path` holds."""
+    plan = layer_plan(config.num_layers, config.cca_layers)
+    match path:
+        case ("decoder", ("before" | "after") as part, int(segment), "blocks", int(place), *rest):
+            run = getattr(plan, part)[segment]
+            for repeat in range(run.repeats):
+                layer = run.first + repeat * len(run.pattern) + place
+                yield _join("decoder", "layers", layer, *rest), repeat
+        case ("decoder", "entry", *rest):
+            yield _join("decoder", "layers", plan.entry, *rest), None
+        case ("encoder", "layers", int(index), *rest):
+            yield _join("encoder", "layers", index + 1, *rest), None
+        case _:
+            yield _join(*path), None
+
+
+def _join(*parts: str | int) -> str:
+    return ".".join(str(part) for part in parts)
+
+
+def count_parameters(config: RetroConfig) -> int:
+    """All parameters, embeddings included."""
+    return sum(math.prod(param.shape) for _, param in nnx.to_flat_state(abstract_parameters(config)))
+
+
+def matrix_parameters(config: RetroConfig) -> dict[str, int]:
+    """Parameters in weight matrices, without embeddings, output head, norms and biases (paper Table 2, spec 4.2).
+
+    Returns:
+      counts of "decoder" (self-attention and feed-forward), "cca" (all layers of P together), "encoder" (its
+      self-attention and feed-forward), "ca_enc" (all layers of P_enc together) and their "total".
+    """
+    counts = dict.fromkeys(("decoder", "cca", "encoder", "ca_enc"), 0)
+    for path, param in nnx.to_flat_state(abstract_parameters(config)):
+        # A matrix maps from or to a residual stream; u and v ("heads", "head") and norm scales do not.
+        axes = [axis for axis in param.axes if axis != "layers"]
+        if len(axes) < 2 or "vocab" in axes or not {"embed", "encoder_embed"} & set(axes):
+            continue
+        part = "cca" if "cca" in path else "ca_enc" if "ca" in path else path[0]
+        counts[part] += math.prod(param.shape)
+    return {**counts, "total": sum(counts.values())}
