@@ -155,12 +155,14 @@ class DataConfig:
 
     Attributes:
       sequences: directories of the sequences stage; a comma separates several.
+      length: T, tokens of a sequence; 0 takes the length that is stored.
       weights: mixture weight of each; empty for weights by number of sequences.
       neighbours: K fed to the model, at most the K stored.
       seed: of the shuffle and the mixture.
     """
 
     sequences: tuple[str, ...] = ()
+    length: int = 0
     weights: tuple[float, ...] = ()
     neighbours: int = 2
     seed: int = 0

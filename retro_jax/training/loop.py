@@ -56,6 +56,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> TrainResult:
     # 2. Data
     sources = [SequenceSource(directory) for directory in config.data.sequences]
     _check_data(config, sources)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, length=sources[0].schema.length))
     rows = _process_rows(config.batch_size)
     batches = Batches(
         sources,
@@ -73,7 +74,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> TrainResult:
     size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(plan.params))
 
     # 4. Workdir and state: the newest checkpoint, or fresh
-    workdir = open_workdir(workdir, config)
+    workdir = open_workdir(workdir, config, sources[0].tokenizer_path)
     checkpoints = Checkpoints(workdir / CHECKPOINTS, config.checkpoint)
     first = checkpoints.latest_step or 0
     if first:
@@ -236,10 +237,8 @@ def _check_data(config: TrainConfig, sources: list[SequenceSource]) -> None:
             raise UserError(
                 f"{directory}: {schema.neighbours} neighbours a chunk, data.neighbours is {config.data.neighbours}"
             )
-        if schema.length != sources[0].schema.length:
-            raise UserError(
-                f"{directory}: sequences of {schema.length} tokens, those of {config.data.sequences[0]} have "
-                f"{sources[0].schema.length}"
-            )
+        length = config.data.length or sources[0].schema.length
+        if schema.length != length:
+            raise UserError(f"{directory}: sequences of {schema.length} tokens, expected {length}")
         if source.tokenizer_fingerprint != sources[0].tokenizer_fingerprint:
             raise UserError(f"{directory}: another tokenizer than that of {config.data.sequences[0]}")

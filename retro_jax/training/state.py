@@ -106,6 +106,11 @@ def _is_variable_value(key: Any) -> bool:
 
 
 def _with_shardings(shapes: Any, shardings: Any) -> Any:
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+    leaves, treedef = jax.tree.flatten(shapes)
+    return jax.tree.unflatten(
+        treedef,
+        [
+            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+            for leaf, sharding in zip(leaves, jax.tree.leaves(shardings), strict=True)
+        ],
     )

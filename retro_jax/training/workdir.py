@@ -1,22 +1,29 @@
-"""The directory of one run: its resolved configuration, metrics and checkpoints."""
+"""The directory of one run: its resolved configuration, tokenizer, metrics and checkpoints."""
 
 import json
 import os
 from pathlib import Path
 
 from retro_jax.config import TrainConfig, from_dict, to_dict
-from retro_jax.data.stage import write_json
+from retro_jax.data.stage import atomic_write, write_json
 from retro_jax.errors import UserError
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
+TOKENIZER = "tokenizer.model"
 
 # Settings that change no number of the run, so that a resumed run may have others.
 CHANGEABLE = ("mesh.", "checkpoint.", "log_every")
 
 
-def open_workdir(workdir: str | os.PathLike, config: TrainConfig) -> Path:
-    """Creates the directory, or checks that it belongs to this very configuration, and records the configuration.
+def open_workdir(workdir: str | os.PathLike, config: TrainConfig, tokenizer: Path) -> Path:
+    """Creates the directory, or checks that it belongs to this very configuration, and records what the run is.
+
+    Args:
+      workdir: the directory.
+      config: the run.
+      tokenizer: SentencePiece model its data was made with; copied, so that the run can be evaluated and sampled
+        when its data is gone.
 
     Raises:
       UserError: it holds another run (each differing setting is named), or other files.
@@ -38,6 +45,8 @@ def open_workdir(workdir: str | os.PathLike, config: TrainConfig) -> Path:
             )
     elif any(workdir.iterdir()):
         raise UserError(f"{workdir} is not empty and holds no run; give another --workdir")
+    with atomic_write(workdir / TOKENIZER) as temporary:
+        temporary.write_bytes(tokenizer.read_bytes())
     write_json(workdir / CONFIG, to_dict(config))
     return workdir
 

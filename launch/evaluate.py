@@ -1,0 +1,111 @@
+"""Exact bits-per-byte of trained runs over whole documents, with retrieval off, on and shuffled.
+
+    python launch/evaluate.py --workdir=runs/baseline,runs/retro --corpus=valid/corpus \\
+        --neighbours=valid/neighbours --database=database --output=bpb.json
+
+A baseline is evaluated as it is. A RETRO is evaluated OFF (no retrieval), ON, and with the neighbours of other
+documents (shuffled): when shuffled is as good as ON, retrieval is not used.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import flags
+
+from retro_jax import program
+from retro_jax.data.corpus import Corpus
+from retro_jax.data.stage import write_json
+from retro_jax.errors import UserError
+from retro_jax.evaluation.bits_per_byte import MODES, Neighbourhood, Score, evaluate
+from retro_jax.evaluation.table import format_table
+from retro_jax.retrieval.neighbours import NeighbourTable
+from retro_jax.training.trained import TrainedRun, load_trained
+
+_WORKDIR = flags.DEFINE_list("workdir", None, "Runs to evaluate, separated by commas.")
+_CORPUS = flags.DEFINE_string("corpus", None, "Corpus stage with the documents to score.")
+_NEIGHBOURS = flags.DEFINE_string("neighbours", None, "Neighbours stage of that corpus; needed for on and shuffled.")
+_DATABASE = flags.DEFINE_string("database", None, "Retrieval database the neighbours are from.")
+_MODES = flags.DEFINE_list("modes", list(MODES), "What to evaluate of a RETRO: off, on, shuffled.")
+_K = flags.DEFINE_integer("k", None, "Neighbours for each chunk; as in training by default.", lower_bound=1)
+_WINDOW = flags.DEFINE_integer("window", None, "Tokens of a window; the trained length, at most 2048, by default.")
+_STRIDE = flags.DEFINE_integer("stride", None, "Tokens between windows; half the window by default.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Windows at a time; does not change the result.", lower_bound=1)
+_STEP = flags.DEFINE_integer("step", None, "Checkpoint to evaluate; the newest by default.")
+_GROUP_BY = flags.DEFINE_string("group_by", None, "Metadata key of the documents (source, language) to report by.")
+_OUTPUT = flags.DEFINE_string("output", None, "JSON file for the figures.")
+flags.mark_flags_as_required(["workdir", "corpus"])
+
+
+def main() -> None:
+    corpus = Corpus(_CORPUS.value)
+    unknown = [mode for mode in _MODES.value if mode not in MODES]
+    if unknown:
+        raise UserError(f"--modes: {unknown[0]!r} is none of {', '.join(MODES)}")
+    results = []
+    for workdir in _WORKDIR.value:
+        results += _evaluate_run(load_trained(workdir, step=_STEP.value), corpus)
+    print(format_table(results))
+    if _OUTPUT.value:
+        measured = {"corpus": _CORPUS.value, "corpus_fingerprint": corpus.fingerprint, "results": results}
+        write_json(_OUTPUT.value, measured)
+
+
+def _evaluate_run(run: TrainedRun, corpus: Corpus) -> list[dict]:
+    run.check_tokenizer(corpus.tokenizer_fingerprint, _CORPUS.value)
+    window = _WINDOW.value or min(2048, run.config.data.length)
+    stride = _STRIDE.value or window // 2
+    results = []
+    for mode in ["baseline"] if run.config.model.is_baseline else _MODES.value:
+        scores = evaluate(
+            run.plan,
+            run.params,
+            corpus,
+            run.mesh,
+            window=window,
+            stride=stride,
+            batch_size=_BATCH_SIZE.value,
+            neighbourhood=_neighbourhood(run, corpus, mode),
+            group_by=_group_by(corpus),
+            vocab_block=run.config.vocab_block,
+            description=f"{run.workdir.name} {mode}",
+        )
+        total = sum(scores.values(), Score())
+        results.append(
+            {
+                "run": str(run.workdir),
+                "step": run.step,
+                "mode": mode,
+                "k": _k(run) if mode in ("on", "shuffled") else 0,
+                "window": window,
+                "stride": stride,
+                **total.as_json(),
+                "groups": {name: score.as_json() for name, score in sorted(scores.items())},
+            }
+        )
+    return results
+
+
+def _neighbourhood(run: TrainedRun, corpus: Corpus, mode: str) -> Neighbourhood | None:
+    if mode not in ("on", "shuffled"):
+        return None
+    if not (_NEIGHBOURS.value and _DATABASE.value):
+        raise UserError("evaluating a RETRO with retrieval needs --neighbours and --database; or give --modes=off")
+    table = NeighbourTable(_NEIGHBOURS.value)
+    database = Corpus(Path(_DATABASE.value) / "corpus")
+    table.check(corpus=corpus, database=database)
+    run.check_tokenizer(database.tokenizer_fingerprint, _DATABASE.value)
+    return Neighbourhood(table, database, _k(run), shuffled=mode == "shuffled")
+
+
+def _k(run: TrainedRun) -> int:
+    return _K.value or run.config.data.neighbours
+
+
+def _group_by(corpus: Corpus) -> Callable[[int], str]:
+    if not _GROUP_BY.value:
+        return lambda document: "all"
+    return lambda document: corpus.document(document).metadata.get(_GROUP_BY.value, "(none)")
+
+
+if __name__ == "__main__":
+    program.run(main)
