@@ -1,4 +1,4 @@
-"""One-dimensional .npy files written row block by row block, so that a file larger than memory is fine."""
+""".npy files written row block by row block, so that a file larger than memory is fine."""
 
 from pathlib import Path
 from types import TracebackType
@@ -10,22 +10,25 @@ class ArrayWriter:
     """Writes an .npy file of unknown length; use as a context manager.
 
     with ArrayWriter(path, dtype) as writer:
-        writer.append(rows)          # rows: array [n] of the dtype
+        writer.append(rows)          # rows: array [n, *row_shape] of the dtype
 
     Attributes:
       rows: rows written so far.
     """
 
-    def __init__(self, path: str | Path, dtype: np.dtype) -> None:
+    def __init__(self, path: str | Path, dtype: np.dtype, row_shape: tuple[int, ...] = ()) -> None:
         self.rows = 0
+        self._row_shape = row_shape
         self._dtype = np.dtype(dtype)
         self._file = open(path, "wb")  # noqa: SIM115  closed by __exit__
         self._write_header()
         self._header_size = self._file.tell()
 
     def append(self, rows: np.ndarray) -> None:
-        """Writes rows [n] behind those before."""
+        """Writes rows [n, *row_shape] behind those before."""
         rows = np.ascontiguousarray(rows, self._dtype)
+        if rows.shape[1:] != self._row_shape:
+            raise ValueError(f"rows of shape {rows.shape[1:]}, expected {self._row_shape}")
         self._file.write(rows.tobytes())
         self.rows += len(rows)
 
@@ -44,5 +47,5 @@ class ArrayWriter:
 
     def _write_header(self) -> None:
         description = np.lib.format.dtype_to_descr(self._dtype)
-        header = {"descr": description, "fortran_order": False, "shape": (self.rows,)}
+        header = {"descr": description, "fortran_order": False, "shape": (self.rows, *self._row_shape)}
         np.lib.format.write_array_header_1_0(self._file, header)

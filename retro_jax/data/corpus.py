@@ -209,6 +209,14 @@ class Corpus:
         shard, row = self._document_row(index)
         return int(row["first_chunk"] + self.shard_offsets[shard]), int(row["chunks"])
 
+    def document_ranges(self) -> tuple[np.ndarray, np.ndarray]:
+        """int64 [documents] each: first chunk id and number of chunks of every document."""
+        firsts = [
+            table["first_chunk"] + offset
+            for table, offset in zip(self._documents, self.shard_offsets[:-1], strict=True)
+        ]
+        return np.concatenate(firsts), np.concatenate([table["chunks"] for table in self._documents])
+
     def document(self, index: int) -> DocumentRecord:
         """Name, group, metadata and size of document `index`."""
         shard, row = self._document_row(index)

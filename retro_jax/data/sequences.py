@@ -1,0 +1,295 @@
+"""The sequences stage: corpus chunks and their neighbours to training sequences in TFRecords, and their reader."""
+
+import dataclasses
+import functools
+import shutil
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from retro_jax.data.corpus import TOKENIZER_FILE, Corpus
+from retro_jax.data.records import SequenceSchema
+from retro_jax.data.stage import Manifest, Stage, load_manifest, shard_name
+from retro_jax.data.tfrecord import FRAME_BYTES, FixedStrideReader, RecordWriter
+from retro_jax.errors import UserError
+from retro_jax.progress import Progress
+
+PACKINGS = ("document", "packed")
+_TOTALS = ("sequences", "chunks", "tokens", "bytes")
+_BLOCK = 64
+_OPEN_SHARDS = 128
+_READ_DTYPES = {"u": np.dtype(np.int32), "i": np.dtype(np.int64), "f": np.dtype(np.float32)}
+
+
+class NeighbourTable(Protocol):
+    """What is needed of precomputed neighbours, keyed by chunk of the query corpus."""
+
+    k: int
+    fingerprint: str
+    corpus_fingerprint: str
+    database_fingerprint: str
+    database_corpus_fingerprint: str
+
+    def ids(self, chunk_ids: np.ndarray) -> np.ndarray:
+        """int64 [n, k]: chunk ids in the database in order of rank, -1 for none."""
+
+    def distances(self, chunk_ids: np.ndarray) -> np.ndarray:
+        """float32 [n, k]: squared distances, inf for none."""
+
+
+def write_sequences(
+    corpus: Corpus,
+    neighbours: NeighbourTable,
+    database_corpus: Corpus,
+    directory: str | Path,
+    *,
+    length: int,
+    k: int,
+    packing: str = "document",
+    shard_records: int = 8192,
+    seed: int = 0,
+) -> Manifest:
+    """Cuts a corpus into sequences of T tokens with the neighbours of every chunk by value, in random order.
+
+    A chunk gets its first k neighbours in order of rank that share no document group with any document of the
+    sequence (paper section 2.3); chunks with fewer are counted by `chunks_by_neighbours` in the manifest.
+
+    Args:
+      corpus: what is trained on.
+      neighbours: its neighbours, more than k of them to have k left.
+      database_corpus: the corpus whose chunks the neighbours are.
+      directory: what is written.
+      length: T, a multiple of the chunk length.
+      k: K.
+      packing: "document": a sequence holds one document, its tail is padded. "packed": it holds consecutive chunks
+        whatever their document, so only last chunks of documents have padding.
+      shard_records: sequences of a shard.
+      seed: of the order.
+
+    Raises:
+      UserError: inputs that do not belong together, or settings that cannot be.
+    """
+    _check_inputs(corpus, neighbours, database_corpus, k, packing, shard_records)
+    M = corpus.chunk_length
+    schema = SequenceSchema(length, M, k, 2 * M, corpus.vocab_size)
+    settings = {
+        "schema": dataclasses.asdict(schema),
+        "packing": packing,
+        "shard_records": shard_records,
+        "seed": seed,
+    }
+    inputs = {
+        "tokenizer": corpus.tokenizer_fingerprint,
+        "corpus": corpus.fingerprint,
+        "neighbours": neighbours.fingerprint,
+        "database": neighbours.database_fingerprint,
+    }
+    with Stage(directory, "sequences", settings=settings, inputs=inputs) as stage:
+        if stage.complete:
+            return stage.manifest
+        starts, ends = _spans(corpus, schema.chunks, packing)
+        order = np.random.default_rng(seed).permutation(len(starts))
+        shards = -(-len(order) // shard_records)
+        names = [shard_name("sequences", i, shards, ".tfrecord") for i in range(shards)]
+        initial = sum(stage.counts(name)["sequences"] for name in names if stage.has(name))
+        with Progress("sequences", total=len(order), unit="sequences", initial=initial) as progress:
+            for i, name in enumerate(names):
+                if stage.has(name):
+                    continue
+                chosen = order[i * shard_records : (i + 1) * shard_records]
+                totals = dict.fromkeys(_TOTALS, 0)
+                histogram = np.zeros(k + 1, np.int64)
+                with stage.shard(name) as (path, counts):
+                    with RecordWriter(path) as writer:
+                        for first in range(0, len(chosen), _BLOCK):
+                            block = chosen[first : first + _BLOCK]
+                            ids = _chunk_ids(starts[block], ends[block], schema.chunks)
+                            examples = _examples(ids, corpus, neighbours, database_corpus, schema, packing)
+                            for row in range(len(block)):
+                                writer.write(schema.encode({key: value[row] for key, value in examples.items()}))
+                            _count(ids, examples, corpus, totals, histogram)
+                            progress.update(len(block))
+                    counts.update(totals, chunks_by_neighbours=histogram.tolist())
+        counts = {key: sum(stage.counts(name)[key] for name in names) for key in _TOTALS}
+        counts["padding_tokens"] = counts["sequences"] * length - counts["tokens"]
+        counts["chunks_by_neighbours"] = np.sum([stage.counts(n)["chunks_by_neighbours"] for n in names], 0).tolist()
+        with stage.shard(TOKENIZER_FILE) as (path, _):
+            shutil.copyfile(corpus.directory / TOKENIZER_FILE, path)
+        return stage.finish(counts)
+
+
+class SequenceSource:
+    """Random access to the sequences of a directory; a data source for Grain. May be shared by threads.
+
+    Attributes:
+      directory, manifest, fingerprint: of the stage.
+      schema: shapes of a sequence.
+      tokenizer_fingerprint: of the tokenizer whose ids these are.
+      tokenizer_path: its file, kept beside the sequences.
+    """
+
+    def __init__(self, directory: str | Path, *, verify: bool = True) -> None:
+        """Opens the data set.
+
+        Args:
+          directory: output of the sequences stage.
+          verify: check the checksum of every record that is read.
+
+        Raises:
+          UserError: no complete data set here, or a shard missing or cut short.
+        """
+        self.directory = Path(directory)
+        self.manifest = load_manifest(directory, "sequences")
+        self.fingerprint = self.manifest.fingerprint
+        self.schema = SequenceSchema(**self.manifest.settings["schema"])
+        self.tokenizer_fingerprint: str = self.manifest.inputs["tokenizer"]
+        self.tokenizer_path = self.directory / TOKENIZER_FILE
+        self._verify = verify
+        shards = [shard for shard in self.manifest.shards if shard.name.endswith(".tfrecord")]
+        stride = self.schema.payload_bytes + FRAME_BYTES
+        for shard in shards:
+            if shard.size % stride:
+                raise UserError(f"{self.directory / shard.name}: not a whole number of records; rebuild it")
+        self._paths = [self.directory / shard.name for shard in shards]
+        self._offsets = np.concatenate([[0], np.cumsum([shard.size // stride for shard in shards])]).astype(np.int64)
+        # A data set may have more shards than a process may have open files.
+        self._reader = functools.lru_cache(_OPEN_SHARDS)(self._open)
+
+    def __len__(self) -> int:
+        return int(self._offsets[-1])
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """The arrays of sequence `index` by feature name (see `SequenceSchema.features`).
+
+        Tokens and bytes are int32, ids and keys int64, distances float32.
+
+        Raises:
+          UserError: naming file and record, when it is damaged.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"sequence {index} of {len(self)} in {self.directory}")
+        shard = int(np.searchsorted(self._offsets, index, side="right")) - 1
+        record = int(index - self._offsets[shard])
+        payload = self._reader(shard).read(record, verify=self._verify)
+        try:
+            example = self.schema.decode(payload)
+        except UserError as error:
+            raise UserError(f"{self._paths[shard]}: record {record}: {error}; rebuild it") from None
+        return {name: array.astype(_READ_DTYPES[array.dtype.kind]) for name, array in example.items()}
+
+    def __repr__(self) -> str:
+        return f"SequenceSource({str(self.directory)!r}, {len(self)} sequences, {self.fingerprint})"
+
+    def _open(self, shard: int) -> FixedStrideReader:
+        return FixedStrideReader(self._paths[shard], self.schema.payload_bytes)
+
+
+def _check_inputs(
+    corpus: Corpus, neighbours: NeighbourTable, database: Corpus, k: int, packing: str, shard_records: int
+) -> None:
+    if packing not in PACKINGS:
+        raise UserError(f"packing {packing!r} is none of {', '.join(PACKINGS)}")
+    if shard_records < 1:
+        raise UserError(f"shard_records must be at least 1, is {shard_records}")
+    if not 1 <= k <= neighbours.k:
+        raise UserError(f"k is {k}; the neighbours hold from 1 to {neighbours.k} a chunk")
+    if neighbours.corpus_fingerprint != corpus.fingerprint:
+        raise UserError(f"the neighbours are those of another corpus than {corpus.directory}; find them for this one")
+    if neighbours.database_corpus_fingerprint != database.fingerprint:
+        raise UserError(f"the neighbours were found in another database than {database.directory}; give that one")
+    if database.tokenizer_fingerprint != corpus.tokenizer_fingerprint:
+        raise UserError(f"{database.directory} was made with another tokenizer than {corpus.directory}")
+    if database.chunk_length != corpus.chunk_length:
+        raise UserError(
+            f"{database.directory} has chunks of {database.chunk_length} tokens, {corpus.directory} has chunks of "
+            f"{corpus.chunk_length}"
+        )
+
+
+def _spans(corpus: Corpus, chunks: int, packing: str) -> tuple[np.ndarray, np.ndarray]:
+    """First chunk and end of every sequence, int64 [sequences] each, in corpus order."""
+    if packing == "packed":
+        starts = np.arange(0, corpus.num_chunks, chunks, dtype=np.int64)
+        return starts, np.minimum(starts + chunks, corpus.num_chunks)
+    firsts, counts = corpus.document_ranges()
+    sequences = -(-counts // chunks)
+    offsets = np.cumsum(sequences) - sequences
+    within = np.arange(sequences.sum()) - np.repeat(offsets, sequences)
+    starts = np.repeat(firsts, sequences) + within * chunks
+    return starts, np.minimum(starts + chunks, np.repeat(firsts + counts, sequences))
+
+
+def _chunk_ids(starts: np.ndarray, ends: np.ndarray, chunks: int) -> np.ndarray:
+    """int64 [n, L]: the chunks of each sequence, -1 behind its end."""
+    ids = starts[:, None] + np.arange(chunks)
+    return np.where(ids < ends[:, None], ids, -1)
+
+
+def _examples(
+    ids: np.ndarray,
+    corpus: Corpus,
+    table: NeighbourTable,
+    database: Corpus,
+    schema: SequenceSchema,
+    packing: str,
+) -> dict[str, np.ndarray]:
+    """All features of the sequences with chunk ids [n, L], stacked on the first axis."""
+    keys = corpus.document_keys(ids)
+    neighbour_ids, distances = _filtered(ids, keys, table, database, schema.neighbours)
+    return {
+        "bytes": corpus.byte_counts(ids),
+        "chunks": ids,
+        "distances": distances,
+        "document_keys": keys,
+        "documents": corpus.document_index(ids),
+        "neighbour_ids": neighbour_ids,
+        "neighbours": database.neighbour_tokens(neighbour_ids),
+        "tokens": np.concatenate(
+            [corpus.tokens(ids).reshape(len(ids), schema.length), _last_labels(ids, corpus, packing)[:, None]], axis=1
+        ),
+    }
+
+
+def _last_labels(ids: np.ndarray, corpus: Corpus, packing: str) -> np.ndarray:
+    """int32 [n]: the token behind each sequence: first of the next chunk, PAD where there is none."""
+    last = ids[:, -1]
+    if packing == "document":
+        following = corpus.continuation(last)
+    else:
+        following = np.where((last >= 0) & (last + 1 < corpus.num_chunks), last + 1, -1)
+    return corpus.tokens(following)[:, 0]
+
+
+def _filtered(
+    ids: np.ndarray, keys: np.ndarray, table: NeighbourTable, database: Corpus, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """First k neighbours of each chunk [n, L] that share no key with the sequence: ids and distances [n, L, K]."""
+    n, L = ids.shape
+    found = np.full((n, L, table.k), -1, np.int64)
+    distances = np.full((n, L, table.k), np.inf, np.float32)
+    real = ids >= 0
+    found[real] = table.ids(ids[real])
+    distances[real] = table.distances(ids[real])
+    found_keys = database.document_keys(found)
+    kept = found >= 0
+    for chunk in range(L):  # one chunk's document at a time: all at once would need [n, L, k, L]
+        kept &= found_keys != keys[:, chunk, None, None]
+    best = np.argsort(~kept, axis=-1, kind="stable")[..., :k]
+    kept = np.take_along_axis(kept, best, -1)
+    return (
+        np.where(kept, np.take_along_axis(found, best, -1), -1),
+        np.where(kept, np.take_along_axis(distances, best, -1), np.float32(np.inf)),
+    )
+
+
+def _count(
+    ids: np.ndarray, examples: dict[str, np.ndarray], corpus: Corpus, totals: dict[str, int], histogram: np.ndarray
+) -> None:
+    real = ids >= 0
+    totals["sequences"] += len(ids)
+    totals["chunks"] += int(real.sum())
+    totals["tokens"] += int(corpus.lengths(ids).sum())
+    totals["bytes"] += int(examples["bytes"].sum())
+    survivors = (examples["neighbour_ids"] >= 0).sum(axis=-1)[real]
+    histogram += np.bincount(survivors, minlength=len(histogram))
