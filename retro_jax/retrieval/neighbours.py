@@ -75,7 +75,12 @@ def find_neighbours(
                 f"{corpus.directory} has {name} {ours}, the database has {theirs}; build both with the same tokenizer "
                 "and chunk length"
             )
-    inputs = {"corpus": corpus.fingerprint, "embeddings": embeddings.fingerprint, "database": database.fingerprint}
+    inputs = {
+        "corpus": corpus.fingerprint,
+        "embeddings": embeddings.fingerprint,
+        "database": database.fingerprint,
+        "database_corpus": database.corpus.fingerprint,
+    }
     with Stage(directory, "neighbours", settings={"k": k, "filter": filter}, inputs=inputs) as stage:
         if stage.complete:
             return stage.manifest
@@ -119,6 +124,7 @@ class NeighbourTable:
       filter: "document" or "none".
       fingerprint: of this table.
       corpus_fingerprint, database_fingerprint: whose chunks these are neighbours of, and what was searched.
+      database_corpus_fingerprint: of the corpus that the neighbours' ids count in.
       manifest: of the stage.
     """
 
@@ -140,6 +146,7 @@ class NeighbourTable:
         self.filter: str = self.manifest.settings["filter"]
         self.corpus_fingerprint: str = self.manifest.inputs["corpus"]
         self.database_fingerprint: str = self.manifest.inputs["database"]
+        self.database_corpus_fingerprint: str = self.manifest.inputs["database_corpus"]
         self._shards = [self._open(self.directory / shard.name) for shard in self.manifest.shards]
         self._offsets = np.cumsum([0] + [len(shard) for shard in self._shards])
 
