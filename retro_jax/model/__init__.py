@@ -5,6 +5,7 @@ from retro_jax.model.parameters import (
     abstract_parameters,
     count_parameters,
     from_layers,
+    layer_shapes,
     matrix_parameters,
     to_layers,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "count_parameters",
     "every_third",
     "from_layers",
+    "layer_shapes",
     "logical_axes",
     "matrix_parameters",
     "preset",

@@ -149,7 +149,7 @@ class Attention(nnx.Module):
         num_heads: int,
         head_size: int,
         num_layers: int,
-        rngs: nnx.Rngs,
+        key: jax.Array,
     ):
         """`num_layers` is the depth of the residual stream that the output adds to."""
         dtype = statistics_dtype(config)
@@ -158,19 +158,20 @@ class Attention(nnx.Module):
         self.compute = compute_dtype(config)
         self.statistics = dtype
         self.scale = 1 / math.sqrt(head_size)
+        query, keys, value, output, relative = jax.random.split(key, 5)
         self.norm = RMSNorm(config, queries)
-        self.query = normal(rngs, (queries.width, *heads), from_queries, config.init_scale, dtype)
-        self.key = normal(rngs, (source.width, *heads), from_source, config.init_scale, dtype)
-        self.value = normal(rngs, (source.width, *heads), from_source, config.init_scale, dtype)
+        self.query = normal(query, (queries.width, *heads), from_queries, config.init_scale, dtype)
+        self.key = normal(keys, (source.width, *heads), from_source, config.init_scale, dtype)
+        self.value = normal(value, (source.width, *heads), from_source, config.init_scale, dtype)
         self.output = normal(
-            rngs,
+            output,
             (*heads, queries.width),
             ("heads", "head", queries.axis),
             residual_scale(config, num_layers),
             dtype,
         )
         if config.positions == "transformer_xl":
-            self.relative = normal(rngs, (queries.width, *heads), from_queries, config.init_scale, dtype)
+            self.relative = normal(relative, (queries.width, *heads), from_queries, config.init_scale, dtype)
             self.content_bias = nnx.Param(jnp.zeros(heads, dtype), axes=("heads", "head"))
             self.position_bias = nnx.Param(jnp.zeros(heads, dtype), axes=("heads", "head"))
 
@@ -231,7 +232,7 @@ class SelfAttention(Attention):
     """ATTN of paper section 2.4 (causal, decoder) and of the encoder (bidirectional), with its norm and residual."""
 
     def __init__(
-        self, config: RetroConfig, stream: Stream, num_heads: int, head_size: int, num_layers: int, rngs: nnx.Rngs
+        self, config: RetroConfig, stream: Stream, num_heads: int, head_size: int, num_layers: int, key: jax.Array
     ):
         super().__init__(
             config,
@@ -240,7 +241,7 @@ class SelfAttention(Attention):
             num_heads=num_heads,
             head_size=head_size,
             num_layers=num_layers,
-            rngs=rngs,
+            key=key,
         )
 
     def __call__(self, x: jax.Array, valid: jax.Array, where: Positions, *, causal: bool) -> jax.Array:

@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from retro_jax.config import RetroConfig
 from retro_jax.model.attention import Attention, Positions, positions
@@ -56,7 +55,7 @@ def cca_positions(config: RetroConfig, neighbour_length: int) -> Positions:
 class ChunkedCrossAttention(Attention):
     """CCA with its norm and residual: each attending chunk on the K*R tokens of its neighbours, one softmax."""
 
-    def __init__(self, config: RetroConfig, rngs: nnx.Rngs):
+    def __init__(self, config: RetroConfig, key: jax.Array):
         super().__init__(
             config,
             queries=decoder_stream(config),
@@ -64,7 +63,7 @@ class ChunkedCrossAttention(Attention):
             num_heads=config.num_heads,
             head_size=config.head_size,
             num_layers=config.num_layers,
-            rngs=rngs,
+            key=key,
         )
         self.chunk_length = config.chunk_length
 

@@ -15,7 +15,7 @@ from flax import nnx
 from retro_jax.config import RetroConfig
 from retro_jax.model.attention import Positions, SelfAttention, positions
 from retro_jax.model.chunked_cross_attention import ChunkedCrossAttention, Memory, cca_positions
-from retro_jax.model.layers import FeedForward, RMSNorm, decoder_stream
+from retro_jax.model.layers import FeedForward, RMSNorm, decoder_stream, stacked, take
 
 
 class Run(NamedTuple):
@@ -58,7 +58,7 @@ def _runs(kinds: tuple[bool, ...], first: int) -> list[Run]:
     best: list[tuple[tuple[int, int], list[Run]]] = [((0, 0), [])]  # best[n]: (cost, runs) of the first n layers
     for end in range(1, len(kinds) + 1):
         options = []
-        for start in range(end):
+        for start in reversed(range(end)):
             length = end - start
             period = next(p for p in range(1, length + 1) if length % p == 0 and _repeats(kinds[start:end], p))
             (blocks, runs), before = best[start]
@@ -75,11 +75,10 @@ def _repeats(kinds: tuple[bool, ...], period: int) -> bool:
 class Block(nnx.Module):
     """LM block H <- FFW(ATTN(H)), or RETRO block H <- FFW(CCA(ATTN(H), E)) (paper equation 2)."""
 
-    def __init__(self, config: RetroConfig, has_cca: bool, rngs: nnx.Rngs):
-        stream = decoder_stream(config)
-        self.attention = SelfAttention(config, stream, config.num_heads, config.head_size, config.num_layers, rngs)
-        self.cca = ChunkedCrossAttention(config, rngs) if has_cca else None
-        self.ffw = FeedForward(config, stream, config.ffw_width, config.num_layers, rngs)
+    def __init__(self, attention: SelfAttention, cca: ChunkedCrossAttention | None, ffw: FeedForward):
+        self.attention = attention
+        self.cca = cca
+        self.ffw = ffw
 
     def __call__(self, x: jax.Array, context: "Context") -> jax.Array:
         """x [B, T, D] to [B, T, D]; without memory CCA is skipped."""
@@ -104,14 +103,9 @@ class Context(NamedTuple):
 class Segment(nnx.Module):
     """The blocks of one Run: one module per place in the pattern, its parameters stacked over the repeats."""
 
-    def __init__(self, config: RetroConfig, run: Run, rngs: nnx.Rngs):
-        self.remat = config.remat == "block"
-        self.blocks = nnx.List(
-            [
-                _stacked(functools.partial(Block, config, has_cca), jax.random.split(rngs.params(), run.repeats))
-                for has_cca in run.pattern
-            ]
-        )
+    def __init__(self, blocks: list[Block], remat: bool):
+        self.blocks = nnx.List(blocks)
+        self.remat = remat
 
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
         graphdef, stacked = nnx.split(self.blocks)
@@ -126,33 +120,39 @@ class Segment(nnx.Module):
         return jax.lax.scan(repeat, x, stacked)[0]
 
 
-def _stacked(build: Callable[[nnx.Rngs], nnx.Module], keys: jax.Array) -> nnx.Module:
-    """One module whose parameters are those of `build(key)` for each key, stacked along a new axis 0, "layers"."""
-    graphdef = None
-
-    def parameters(key: jax.Array) -> nnx.State:
-        nonlocal graphdef
-        graphdef, state = nnx.split(build(nnx.Rngs(key)))
-        return state
-
-    state = jax.tree.map(
-        lambda param: param.replace(param[...], axes=("layers", *param.axes)),
-        jax.vmap(parameters)(keys),
-        is_leaf=lambda node: isinstance(node, nnx.Variable),
-    )
-    return nnx.merge(graphdef, state)
-
-
 class Decoder(nnx.Module):
     """All blocks and the final norm, from embedded tokens to the input of the output head."""
 
-    def __init__(self, config: RetroConfig, rngs: nnx.Rngs):
+    def __init__(self, config: RetroConfig, key: jax.Array):
+        stream, depth, chosen = decoder_stream(config), config.num_layers, config.cca_layers
+        # Drawn for all layers at once and then laid out: a layer's initial parameters depend on the seed and its
+        # number, not on P, and a baseline starts from the same ones as RETRO.
+        keys = jax.random.split(key, 3)
+        attention = stacked(
+            lambda key: SelfAttention(config, stream, config.num_heads, config.head_size, depth, key), keys[0], depth
+        )
+        ffw = stacked(lambda key: FeedForward(config, stream, config.ffw_width, depth, key), keys[1], depth)
+        cca = stacked(lambda key: ChunkedCrossAttention(config, key), keys[2], len(chosen)) if chosen else None
+
+        def block(run: Run, place: int) -> Block:
+            first = run.first + place
+            own = None
+            if run.pattern[place]:
+                # The CCA layers of a repeating pattern follow each other at a fixed stride in P too.
+                own = take(cca, slice(chosen.index(first), None, sum(run.pattern)))
+                own = take(own, slice(run.repeats))
+            layers = slice(first - 1, run.first - 1 + run.repeats * len(run.pattern), len(run.pattern))
+            return Block(take(attention, layers), own, take(ffw, layers))
+
+        def segment(run: Run) -> Segment:
+            return Segment([block(run, place) for place in range(len(run.pattern))], config.remat == "block")
+
+        plan = layer_plan(depth, chosen)
         self.config = config
-        plan = layer_plan(config.num_layers, config.cca_layers)
-        self.before = nnx.List([Segment(config, run, rngs) for run in plan.before])
-        self.entry = Block(config, True, rngs) if plan.entry else None
-        self.after = nnx.List([Segment(config, run, rngs) for run in plan.after])
-        self.norm = RMSNorm(config, decoder_stream(config))
+        self.before = nnx.List([segment(run) for run in plan.before])
+        self.entry = Block(take(attention, plan.entry - 1), take(cca, 0), take(ffw, plan.entry - 1)) if chosen else None
+        self.after = nnx.List([segment(run) for run in plan.after])
+        self.norm = RMSNorm(config, stream)
 
     def context(self, valid: jax.Array) -> Context:
         """For tokens of validity [B, T], without memory."""

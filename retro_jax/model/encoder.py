@@ -6,13 +6,13 @@ from flax import nnx
 from retro_jax.config import RetroConfig
 from retro_jax.model.attention import Attention, Positions, SelfAttention, positions
 from retro_jax.model.chunked_cross_attention import Memory
-from retro_jax.model.layers import FeedForward, RMSNorm, decoder_stream, encoder_stream
+from retro_jax.model.layers import FeedForward, RMSNorm, decoder_stream, encoder_stream, stacked, take
 
 
 class ConditioningAttention(Attention):
     """CA_enc: the R tokens of each neighbour on the M activations H_u of the chunk that retrieved it."""
 
-    def __init__(self, config: RetroConfig, rngs: nnx.Rngs):
+    def __init__(self, config: RetroConfig, key: jax.Array):
         super().__init__(
             config,
             queries=encoder_stream(config),
@@ -20,7 +20,7 @@ class ConditioningAttention(Attention):
             num_heads=config.encoder_num_heads,
             head_size=config.encoder_head_size,
             num_layers=config.encoder_layers,
-            rngs=rngs,
+            key=key,
         )
         self.source_norm = RMSNorm(config, decoder_stream(config))
 
@@ -32,13 +32,10 @@ class ConditioningAttention(Attention):
 class EncoderLayer(nnx.Module):
     """ATTN_enc, then CA_enc in the layers of P_enc, then FFW_enc."""
 
-    def __init__(self, config: RetroConfig, conditioned: bool, rngs: nnx.Rngs):
-        stream = encoder_stream(config)
-        self.attention = SelfAttention(
-            config, stream, config.encoder_num_heads, config.encoder_head_size, config.encoder_layers, rngs
-        )
-        self.ca = ConditioningAttention(config, rngs) if conditioned else None
-        self.ffw = FeedForward(config, stream, config.encoder_ffw_width, config.encoder_layers, rngs)
+    def __init__(self, attention: SelfAttention, ca: ConditioningAttention | None, ffw: FeedForward):
+        self.attention = attention
+        self.ca = ca
+        self.ffw = ffw
 
     def __call__(
         self,
@@ -57,14 +54,20 @@ class EncoderLayer(nnx.Module):
 class Encoder(nnx.Module):
     """Encodes every neighbour by itself, with the activations of its retrieving chunk in view."""
 
-    def __init__(self, config: RetroConfig, rngs: nnx.Rngs):
+    def __init__(self, config: RetroConfig, key: jax.Array):
+        stream, depth, conditioned = encoder_stream(config), config.encoder_layers, config.encoder_ca_layers
+        heads = (config.encoder_num_heads, config.encoder_head_size)
+        keys = jax.random.split(key, 3)
+        attention = stacked(lambda key: SelfAttention(config, stream, *heads, depth, key), keys[0], depth)
+        ffw = stacked(lambda key: FeedForward(config, stream, config.encoder_ffw_width, depth, key), keys[1], depth)
+        ca = stacked(lambda key: ConditioningAttention(config, key), keys[2], len(conditioned)) if conditioned else None
+
+        def layer(number: int) -> EncoderLayer:
+            own = take(ca, conditioned.index(number)) if number in conditioned else None
+            return EncoderLayer(take(attention, number - 1), own, take(ffw, number - 1))
+
         self.config = config
-        self.layers = nnx.List(
-            [
-                EncoderLayer(config, layer in config.encoder_ca_layers, rngs)
-                for layer in range(1, config.encoder_layers + 1)
-            ]
-        )
+        self.layers = nnx.List([layer(number) for number in range(1, depth + 1)])
         self.norm = RMSNorm(config, encoder_stream(config))
 
     def __call__(self, x: jax.Array, valid: jax.Array, hidden: jax.Array, hidden_valid: jax.Array) -> Memory:

@@ -47,36 +47,41 @@ def to_layers(params: nnx.State, config: RetroConfig) -> dict[str, Any]:
     return flat
 
 
+def layer_shapes(config: RetroConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Name, shape and dtype of everything that `to_layers` gives for this configuration."""
+    shapes = {}
+    for path, param in nnx.to_flat_state(abstract_parameters(config)):
+        for name, index in _names(path, config):
+            shape = param.shape if index is None else param.shape[1:]
+            shapes[name] = jax.ShapeDtypeStruct(shape, param.dtype)
+    return shapes
+
+
 def from_layers(flat: Mapping[str, Any], config: RetroConfig) -> nnx.State:
     """Inverse of `to_layers`: the state that `nnx.merge` and checkpoints take. NumPy arrays stay NumPy arrays.
 
     Raises:
       UserError: a name is missing or unknown, or a shape is not that of the configuration.
     """
-    left = dict(flat)
-
-    def take(name: str, shape: tuple[int, ...]) -> Any:
-        if name not in left:
-            raise UserError(f"parameter {name} is missing{did_you_mean(name, left) if left else ''}")
-        value = left.pop(name)
-        if tuple(value.shape) != shape:
-            raise UserError(f"parameter {name} has shape {tuple(value.shape)}, the configuration needs {shape}")
-        return value
-
+    expected = layer_shapes(config)
+    for name in flat:
+        if name not in expected:
+            raise UserError(f"parameter {name} is unknown to the configuration{did_you_mean(name, expected)}")
+    for name, leaf in expected.items():
+        if name not in flat:
+            raise UserError(f"parameter {name} is missing; the configuration has {len(expected)} of them")
+        if tuple(flat[name].shape) != leaf.shape:
+            raise UserError(
+                f"parameter {name} has shape {tuple(flat[name].shape)}, the configuration needs {leaf.shape}"
+            )
     state = []
     for path, param in nnx.to_flat_state(abstract_parameters(config)):
-        names = list(_names(path, config))
-        if names[0][1] is None:
-            value = take(names[0][0], tuple(param.shape))
-        else:
-            values = [take(name, tuple(param.shape[1:])) for name, _ in names]
+        values = [flat[name] for name, _ in _names(path, config)]
+        if param.axes[0] == "layers":
             stack = np.stack if all(isinstance(value, np.ndarray) for value in values) else jnp.stack
-            value = stack(values)
-        state.append((path, param.replace(value)))
-    if left:
-        unknown = next(iter(left))
-        known = [name for path, _ in state for name, _ in _names(path, config)]
-        raise UserError(f"parameter {unknown} is unknown to the configuration{did_you_mean(unknown, known)}")
+            state.append((path, param.replace(stack(values))))
+        else:
+            state.append((path, param.replace(values[0])))
     return nnx.from_flat_state(state)
 
 

@@ -39,16 +39,17 @@ class Retro(nnx.Module):
         """`rngs` (default seed 0) only draws the initial parameters; nothing random stays in the model."""
         require_dtype(config)
         rngs = nnx.Rngs(0) if rngs is None else rngs
+        keys = jax.random.split(rngs.params(), 5)
         self.config = config
-        self.embedding = Embedding(config, decoder_stream(config), rngs)
-        self.decoder = Decoder(config, rngs)
-        self.encoder = None if config.is_baseline else Encoder(config, rngs)
+        self.embedding = Embedding(config, decoder_stream(config), keys[0])
+        self.decoder = Decoder(config, keys[1])
+        self.encoder = None if config.is_baseline else Encoder(config, keys[2])
         separate = not (config.is_baseline or config.share_embeddings)
-        self.encoder_embedding = Embedding(config, encoder_stream(config), rngs) if separate else None
-        self.head = None
-        if not config.tie_embeddings:
-            shape, axes = (config.vocab_size, config.width), ("vocab", "embed")
-            self.head = normal(rngs, shape, axes, config.init_scale, statistics_dtype(config))
+        self.encoder_embedding = Embedding(config, encoder_stream(config), keys[3]) if separate else None
+        shape, axes = (config.vocab_size, config.width), ("vocab", "embed")
+        self.head = (
+            None if config.tie_embeddings else normal(keys[4], shape, axes, config.init_scale, statistics_dtype(config))
+        )
 
     def __call__(self, tokens: jax.Array, neighbours: jax.Array | None = None) -> jax.Array:
         """Logits of the next token, [B, T, V] float32."""
