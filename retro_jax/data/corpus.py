@@ -86,14 +86,16 @@ def build_corpus(
                 if not done:
                     _write_shard(stage, shard, path, root, tokenizer, chunk_length, skip_bad, seen, progress)
                 seen.close_shard(shard[2])
-        counts = {key: sum(stage.counts(shard[0])[key] for shard in names) for key in (*_TOTALS, "complete_chunks")}
-        if counts["complete_chunks"] == 0:
-            stage.discard()
-            if counts["documents"] == 0:
-                raise UserError(f"{_described(inputs)}: no document with text in it, so there is no corpus to build")
-            raise UserError(
-                f"{_described(inputs)}: no document fills a chunk of {chunk_length} tokens; give longer text"
-            )
+            counts = {key: sum(stage.counts(shard[0])[key] for shard in names) for key in (*_TOTALS, "complete_chunks")}
+            if counts["complete_chunks"] == 0:
+                stage.discard()
+                if counts["documents"] == 0:
+                    raise UserError(
+                        f"{_described(inputs)}: no document with text in it, so there is no corpus to build"
+                    )
+                raise UserError(
+                    f"{_described(inputs)}: no document fills a chunk of {chunk_length} tokens; give longer text"
+                )
         with stage.shard(TOKENIZER_FILE) as (temporary, _):
             shutil.copyfile(tokenizer.path, temporary)
         return stage.finish(counts)

@@ -1,0 +1,167 @@
+import json
+
+import pytest
+
+from retro_jax.data.stage import (
+    Stage,
+    atomic_write,
+    load_manifest,
+    shard_name,
+    verify_checksums,
+    write_json,
+)
+from retro_jax.errors import UserError
+
+NAMES = [shard_name("part", i, 3, ".txt") for i in range(3)]
+SETTINGS = {"size": 7, "nested": {"seed": 0}}
+
+
+def run_stage(directory, *, settings=SETTINGS, inputs=None, fail_at=None, written=None):
+    """A stage of three shards that fails while it writes shard `fail_at`."""
+    with Stage(directory, "parts", settings=settings, inputs=inputs or {"corpus": "abc"}) as stage:
+        if stage.complete:
+            return stage.manifest
+        for i, name in enumerate(NAMES):
+            if stage.has(name):
+                continue
+            with stage.shard(name) as (path, counts):
+                path.write_text(f"content {i}\n" * (i + 1))
+                if i == fail_at:
+                    raise KeyboardInterrupt
+                counts["rows"] = i + 1
+            if written is not None:
+                written.append(i)
+        return stage.finish({"rows": sum(stage.counts(name)["rows"] for name in NAMES)})
+
+
+def files(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path):
+    path = tmp_path / "a" / "file.txt"
+    with atomic_write(path) as temporary:
+        temporary.write_text("old")
+    with pytest.raises(RuntimeError), atomic_write(path) as temporary:
+        temporary.write_text("half of the n")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert files(path.parent) == ["file.txt"]
+
+
+def test_finished_stage_holds_shards_and_manifest_and_nothing_else(tmp_path):
+    manifest = run_stage(tmp_path / "out")
+    assert files(tmp_path / "out") == sorted([*NAMES, "manifest.json"])
+    assert manifest.counts == {"rows": 6}
+    assert [shard.name for shard in manifest.shards] == NAMES
+    assert load_manifest(tmp_path / "out", "parts") == manifest
+    verify_checksums(tmp_path / "out", manifest)
+
+
+def test_interrupted_stage_goes_on_behind_its_last_finished_shard(tmp_path):
+    whole = run_stage(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(tmp_path / "out", fail_at=2)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    with pytest.raises(UserError, match="begun and not finished"):
+        load_manifest(tmp_path / "out", "parts")
+    (tmp_path / "out" / f".tmp-123-{NAMES[2]}").write_text("left behind by a killed process")
+    written = []
+    assert run_stage(tmp_path / "out", written=written) == whole
+    assert written == [2]
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_shard_without_its_side_file_is_written_again(tmp_path):
+    whole = run_stage(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(tmp_path / "out", fail_at=2)
+    (tmp_path / "out" / f"{NAMES[0]}.done.json").unlink()
+    (tmp_path / "out" / NAMES[1]).write_text("cut")
+    written = []
+    assert run_stage(tmp_path / "out", written=written) == whole
+    assert written == [0, 1, 2]
+
+
+def test_finished_stage_is_not_made_again(tmp_path):
+    first = run_stage(tmp_path / "out")
+    written = []
+    assert run_stage(tmp_path / "out", written=written) == first
+    assert written == []
+
+
+@pytest.mark.parametrize("fail_at", [None, 2])
+def test_other_settings_or_inputs_are_refused_by_name(tmp_path, fail_at):
+    if fail_at is None:
+        run_stage(tmp_path / "out")
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            run_stage(tmp_path / "out", fail_at=fail_at)
+    with pytest.raises(UserError, match=r"settings\.nested\.seed = 0, now it is 1"):
+        run_stage(tmp_path / "out", settings={"size": 7, "nested": {"seed": 1}})
+    with pytest.raises(UserError, match=r"inputs\.corpus = abc, now it is xyz"):
+        run_stage(tmp_path / "out", inputs={"corpus": "xyz"})
+    with pytest.raises(UserError, match=r"settings\.size = 7, now it is absent"):
+        run_stage(tmp_path / "out", settings={"nested": {"seed": 0}})
+
+
+def test_stage_that_finished_nothing_leaves_no_trace(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(tmp_path / "out", fail_at=0)
+    assert not (tmp_path / "out").exists()
+    run_stage(tmp_path / "out", settings={"size": 8})
+
+
+def test_a_directory_of_something_else_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="not empty"):
+        run_stage(tmp_path)
+    with pytest.raises(UserError, match="is a file"):
+        run_stage(tmp_path / "notes.txt")
+    run_stage(tmp_path / "out")
+    with pytest.raises(UserError, match="holds the parts stage; expected corpus"):
+        load_manifest(tmp_path / "out", "corpus")
+    with pytest.raises(UserError, match="no such directory"):
+        load_manifest(tmp_path / "nowhere", "parts")
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_missing_and_truncated_shards_are_named(tmp_path):
+    run_stage(tmp_path / "out")
+    shard = tmp_path / "out" / NAMES[1]
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1])
+    with pytest.raises(UserError, match=rf"{NAMES[1]}: 19 bytes, the manifest says 20"):
+        load_manifest(tmp_path / "out", "parts")
+    shard.unlink()
+    with pytest.raises(UserError, match=rf"{NAMES[1]}: shard is missing"):
+        load_manifest(tmp_path / "out", "parts")
+
+
+def test_flipped_byte_is_found_by_the_checksum_and_named(tmp_path):
+    manifest = run_stage(tmp_path / "out")
+    shard = tmp_path / "out" / NAMES[2]
+    content = bytearray(shard.read_bytes())
+    content[5] ^= 1
+    shard.write_bytes(content)
+    load_manifest(tmp_path / "out", "parts")
+    with pytest.raises(UserError, match=rf"{NAMES[2]}: checksum differs"):
+        verify_checksums(tmp_path / "out", manifest)
+
+
+def test_damaged_or_newer_manifest_is_refused(tmp_path):
+    run_stage(tmp_path / "out")
+    path = tmp_path / "out" / "manifest.json"
+    content = json.loads(path.read_text())
+    write_json(path, {**content, "format_version": 99})
+    with pytest.raises(UserError, match="format version 99"):
+        load_manifest(tmp_path / "out", "parts")
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(UserError, match="not a manifest"):
+        load_manifest(tmp_path / "out", "parts")
+
+
+def test_fingerprint_changes_with_anything_in_the_manifest(tmp_path):
+    one = run_stage(tmp_path / "one")
+    assert one.fingerprint == run_stage(tmp_path / "two").fingerprint
+    assert one.fingerprint != run_stage(tmp_path / "three", inputs={"corpus": "xyz"}).fingerprint
