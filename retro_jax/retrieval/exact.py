@@ -38,10 +38,13 @@ def exact_search(queries: np.ndarray, database: Any, k: int) -> tuple[np.ndarray
     if not np.isfinite(queries).all():
         raise UserError("a query vector is not finite")
     n, width = len(database), queries.shape[1]
+    if n > np.iinfo(np.int32).max - _DATABASE_ROWS:
+        raise ValueError(f"{n} vectors; exact_search numbers them in int32")
     kept = -(-(k + _SPARE) // 16) * 16  # few different values, so few programs
     starts = range(0, len(queries), _QUERY_ROWS)
     blocks = [_padded(queries[start : start + _QUERY_ROWS], _QUERY_ROWS) for start in starts]
-    best = [(jnp.full((_QUERY_ROWS, kept), jnp.inf), jnp.full((_QUERY_ROWS, kept), -1)) for _ in blocks]
+    none = (jnp.full((_QUERY_ROWS, kept), jnp.inf, jnp.float32), jnp.full((_QUERY_ROWS, kept), -1, jnp.int32))
+    best = [none for _ in blocks]
     for first in range(0, n, _DATABASE_ROWS):
         rows = np.asarray(database[first : first + _DATABASE_ROWS], np.float32)
         if rows.shape[1] != width:

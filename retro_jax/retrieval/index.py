@@ -5,9 +5,11 @@ Its edges (measured with scann 1.4.2) are guarded here:
 - a non-finite row aborts the whole process at build: every row is checked before;
 - a non-finite query is answered with id 0 and distance NaN: refused;
 - too few candidates are padded with id 0 and distance NaN: searched again in every leaf, then id -1;
+- distances of a brute-force batch carry rounding that a single query's do not: they are rescored;
 - k above the reordering depth cuts the answer without a word: the depth follows k;
 - `serialize` writes absolute paths unless told not to, and a flipped byte loads: relative paths, own checksums;
 - its `docids` are a pickle: never written, and refused when found; chunk ids are an array of our own;
+- a tree finds other candidates for a query alone than in a batch (both approximate; the same batch, the same answer);
 - two builds of the same data differ: the manifest's checksums make the fingerprint, which neighbours record;
 - `import scann` fails beside a TensorFlow it was not built for: its TensorFlow operations are left out.
 """
@@ -76,7 +78,7 @@ class IndexSettings:
         if kind == "auto":
             kind = "brute_force" if n <= BRUTE_FORCE_LIMIT else "tree"
         if kind == "brute_force":
-            return IndexSettings(kind="brute_force")
+            return IndexSettings(kind="brute_force", reorder=self.reorder or 128)
         if n < _MIN_TREE_VECTORS:
             raise UserError(f"a tree needs at least {_MIN_TREE_VECTORS} vectors, there are {n}; use kind brute_force")
         num_leaves = self.num_leaves or round(math.sqrt(n))
@@ -252,9 +254,9 @@ class Index:
 
     def _search(self, queries: np.ndarray, k: int, leaves: int | None) -> tuple[np.ndarray, np.ndarray]:
         """Positions int64 [q, k] and squares float32 [q, k]; NaN is no result and its position means nothing."""
-        options: dict[str, int] = {"final_num_neighbors": k}
+        depth = min(self.size, max(self.settings.reorder, 4 * k))
+        options: dict[str, int] = {"final_num_neighbors": k, "pre_reorder_num_neighbors": depth}
         if self.settings.kind == "tree":
-            options["pre_reorder_num_neighbors"] = min(self.size, max(self.settings.reorder, 4 * k))
             options["leaves_to_search"] = leaves
         rows, squares = self._searcher.search_batched_parallel(queries, **options)
         if rows.shape != (len(queries), k) or squares.shape != rows.shape:
@@ -289,7 +291,9 @@ def _load_vectors(embeddings: EmbeddingSet, count: int) -> tuple[np.ndarray, np.
 def _build(vectors: np.ndarray, settings: IndexSettings) -> Any:
     builder = _scann().builder(vectors, min(10, len(vectors)), "squared_l2")
     if settings.kind == "brute_force":
-        return builder.score_brute_force().build()
+        # Rescored, because a batch's distances are |q|^2 - 2 q.x + |x|^2, which cancels, and a single query's are not:
+        # the answer must not depend on which queries are asked together.
+        return builder.score_brute_force().reorder(settings.reorder).build()
     builder = builder.tree(
         settings.num_leaves, settings.leaves_to_search, training_sample_size=settings.training_sample
     )
