@@ -161,7 +161,15 @@ class Tokenizer:
 
         Args:
           text: any string without lone surrogates.
+
+        Raises:
+          UserError: a lone surrogate, which is no character (Python makes them of bytes that are not UTF-8).
         """
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise UserError("the text holds a lone surrogate, or bytes that are not UTF-8") from None
         ids: list[int] = []
         for position, plain in enumerate(text.split(_SPACE_MARK)):
             if position:

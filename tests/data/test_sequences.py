@@ -1,5 +1,6 @@
 import dataclasses
 
+import grain
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -226,6 +227,13 @@ def test_flipped_byte_and_truncated_shard_are_named(corpora, table, tmp_path):
     shard.unlink()
     with pytest.raises(UserError, match=rf"{shard.name}: shard is missing"):
         SequenceSource(tmp_path / "out")
+
+
+def test_grain_takes_the_source_as_it_is(written):
+    source = SequenceSource(written)
+    dataset = grain.MapDataset.source(source).shuffle(seed=1)
+    firsts = sorted(int(example["chunks"][0]) for example in dataset)
+    assert firsts == sorted(int(source[i]["chunks"][0]) for i in range(len(source)))
 
 
 def test_index_outside_the_data_is_refused(written):

@@ -112,6 +112,11 @@ def test_specials_decode_to_nothing_and_broken_characters_to_a_replacement(token
     assert tokenizer.token_bytes.shape == (tokenizer.vocab_size,)
 
 
+def test_lone_surrogates_are_refused(tokenizer):
+    with pytest.raises(UserError, match="lone surrogate"):
+        tokenizer.encode("a\udcff")
+
+
 def test_the_same_text_gives_the_same_model(tmp_path):
     texts = [document.text for document in read_documents([SAMPLE])][:8]
     one = train_tokenizer(texts, tmp_path / "one.model", vocab_size=600, max_sentences=200)
