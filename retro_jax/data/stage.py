@@ -202,7 +202,7 @@ class Stage:
         elif (self.directory / PLAN).is_file():
             self._refuse_difference(json.loads((self.directory / PLAN).read_text()))
             self._load_finished_shards()
-        elif any(self.directory.iterdir()):
+        elif any(not path.name.startswith(_TEMPORARY) for path in self.directory.iterdir()):
             raise UserError(f"{self.directory} is not empty and holds no {name} stage; give another directory")
         else:
             write_json(self.directory / PLAN, self._plan)

@@ -112,6 +112,12 @@ def test_stage_that_finished_nothing_leaves_no_trace(tmp_path):
     run_stage(tmp_path / "out", settings={"size": 8})
 
 
+def test_stage_killed_while_it_wrote_its_plan_can_be_started_again(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".tmp-123-plan.json").write_text("{")
+    run_stage(tmp_path / "out")
+
+
 def test_a_directory_of_something_else_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="not empty"):
