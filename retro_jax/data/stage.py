@@ -205,6 +205,7 @@ class Stage:
         elif any(not path.name.startswith(_TEMPORARY) for path in self.directory.iterdir()):
             raise UserError(f"{self.directory} is not empty and holds no {name} stage; give another directory")
         else:
+            self._remove_leftovers()
             write_json(self.directory / PLAN, self._plan)
 
     def __enter__(self) -> "Stage":
@@ -265,9 +266,12 @@ class Stage:
                 f"{self.directory} was made with {path} = {old}, now it is {new}; give another directory or remove it"
             )
 
-    def _load_finished_shards(self) -> None:
+    def _remove_leftovers(self) -> None:
         for leftover in self.directory.rglob(f"{_TEMPORARY}*"):
             leftover.unlink()
+
+    def _load_finished_shards(self) -> None:
+        self._remove_leftovers()
         for path in sorted(self.directory.rglob(f"*{_DONE}")):
             shard = Shard(**json.loads(path.read_text()))
             file = self.directory / shard.name

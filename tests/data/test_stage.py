@@ -116,6 +116,7 @@ def test_stage_killed_while_it_wrote_its_plan_can_be_started_again(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".tmp-123-plan.json").write_text("{")
     run_stage(tmp_path / "out")
+    assert files(tmp_path / "out") == sorted([*NAMES, "manifest.json"])
 
 
 def test_a_directory_of_something_else_is_refused(tmp_path):
