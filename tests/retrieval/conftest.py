@@ -36,7 +36,7 @@ def tiny_embedder(tmp_path_factory) -> Embedder:
 
 @pytest.fixture(scope="session")
 def tokenizer(sample_texts, tmp_path_factory) -> Tokenizer:
-    return train_tokenizer(sample_texts, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model", vocab_size=800)
+    return train_tokenizer(sample_texts[:8], tmp_path_factory.mktemp("tokenizer") / "tokenizer.model", vocab_size=800)
 
 
 @pytest.fixture(scope="session")
