@@ -64,7 +64,7 @@ def _evaluate_run(run: TrainedRun, corpus: Corpus) -> list[dict]:
             window=window,
             stride=stride,
             batch_size=_BATCH_SIZE.value,
-            neighbourhood=_neighbourhood(run, corpus, mode),
+            neighbourhood=_neighbourhood(run, mode),
             group_by=_group_by(corpus),
             vocab_block=run.config.vocab_block,
             description=f"{run.workdir.name} {mode}",
@@ -85,14 +85,13 @@ def _evaluate_run(run: TrainedRun, corpus: Corpus) -> list[dict]:
     return results
 
 
-def _neighbourhood(run: TrainedRun, corpus: Corpus, mode: str) -> Neighbourhood | None:
+def _neighbourhood(run: TrainedRun, mode: str) -> Neighbourhood | None:
     if mode not in ("on", "shuffled"):
         return None
     if not (_NEIGHBOURS.value and _DATABASE.value):
         raise UserError("evaluating a RETRO with retrieval needs --neighbours and --database; or give --modes=off")
     table = NeighbourTable(_NEIGHBOURS.value)
     database = Corpus(Path(_DATABASE.value) / "corpus")
-    table.check(corpus=corpus, database=database)
     run.check_tokenizer(database.tokenizer_fingerprint, _DATABASE.value)
     return Neighbourhood(table, database, _k(run), shuffled=mode == "shuffled")
 

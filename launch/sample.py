@@ -7,6 +7,7 @@ python launch/sample.py --workdir=runs/retro --prompt="The capital of"          
 import codecs
 import json
 import sys
+from pathlib import Path
 
 from absl import flags
 
@@ -89,9 +90,11 @@ def _open_database(run):
     if not _EMBEDDER.value:
         raise UserError("sampling with --database needs --embedder, the one the database was embedded with")
     from retro_jax.retrieval.database import Database
-    from retro_jax.retrieval.embedder import Embedder
+    from retro_jax.retrieval.embedder import Embedder, EmbeddingSet
 
-    database = Database.open(_DATABASE.value, embedder=Embedder.load(_EMBEDDER.value))
+    settings = EmbeddingSet(Path(_DATABASE.value) / "embeddings").manifest.settings["embedder"]
+    embedder = Embedder.load(_EMBEDDER.value, normalize=settings["normalize"], max_length=settings["max_length"])
+    database = Database.open(_DATABASE.value, embedder)
     run.check_tokenizer(database.corpus.tokenizer_fingerprint, _DATABASE.value)
     return database
 

@@ -13,6 +13,7 @@ from ml_collections import config_flags
 
 from retro_jax import program
 from retro_jax.config import TrainConfig, from_config_dict
+from retro_jax.errors import UserError
 from retro_jax.training.loop import train
 from retro_jax.training.metrics import read_metrics
 
@@ -24,7 +25,11 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main() -> None:
-    config = from_config_dict(TrainConfig, _CONFIG.value)
+    try:
+        recipe = _CONFIG.value
+    except OSError as error:
+        raise UserError("--config cannot be loaded: " + " ".join(str(error).split())) from None
+    config = from_config_dict(TrainConfig, recipe)
     result = train(config, _WORKDIR.value)
     if result.terminated:
         print(f"stopped by SIGTERM after step {result.step}, saved; the same command goes on", file=sys.stderr)

@@ -31,3 +31,24 @@ def small_data(tmp_path_factory: pytest.TempPathFactory):
     from small_run import make_small_data
 
     return make_small_data(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="session")
+def finished_run(small_data, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Workdir of a RETRO trained on `small_data` by launch/train.py, never interrupted."""
+    return _trained(small_data.recipe, tmp_path_factory.mktemp("runs") / "retro")
+
+
+@pytest.fixture(scope="session")
+def finished_baseline(small_data, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same for the baseline."""
+    return _trained(small_data.baseline_recipe, tmp_path_factory.mktemp("runs") / "baseline")
+
+
+def _trained(recipe: Path, workdir: Path) -> Path:
+    from small_run import run_program
+
+    status, stdout, stderr = run_program("launch/train.py", f"--config={recipe}", f"--workdir={workdir}")
+    assert status == 0, stderr
+    assert "step 12: loss" in stdout
+    return workdir

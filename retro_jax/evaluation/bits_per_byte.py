@@ -31,6 +31,8 @@ class NeighbourIds(Protocol):
     """Precomputed neighbours of a corpus, as `retro_jax.retrieval.neighbours.NeighbourTable` reads them."""
 
     k: int
+    corpus_fingerprint: str
+    database_corpus_fingerprint: str
 
     def ids(self, chunk_ids: np.ndarray) -> np.ndarray:
         """[n] chunk ids -> [n, k] ids in the database, -1 for none."""
@@ -128,8 +130,8 @@ def evaluate(
       AssertionError: the bytes scored are not the bytes of the corpus (a defect of ours, never to be hidden).
     """
     check_window(window, stride, corpus.chunk_length)
-    if neighbourhood is not None and neighbourhood.k > neighbourhood.table.k:
-        raise UserError(f"{neighbourhood.k} neighbours asked for, {neighbourhood.table.k} are stored; find more first")
+    if neighbourhood is not None:
+        _check_neighbourhood(neighbourhood, corpus)
     reader = _WindowReader(corpus, neighbourhood, window)
     windows = [
         window_
@@ -162,6 +164,16 @@ def evaluate(
     total = sum(scores.values(), Score())
     assert total.bytes == corpus.num_bytes, f"scored {total.bytes} bytes of {corpus.num_bytes}"
     return dict(scores)
+
+
+def _check_neighbourhood(neighbourhood: Neighbourhood, corpus: Corpus) -> None:
+    table, database = neighbourhood.table, neighbourhood.database
+    if neighbourhood.k > table.k:
+        raise UserError(f"{neighbourhood.k} neighbours asked for, {table.k} are stored; find more first")
+    if table.corpus_fingerprint != corpus.fingerprint:
+        raise UserError(f"the neighbours are of another corpus than {corpus.directory}; find this one's")
+    if table.database_corpus_fingerprint != database.fingerprint:
+        raise UserError(f"the neighbours were found in another database than {database.directory}; find them again")
 
 
 def _batches(windows: Sequence[Window], size: int) -> Iterator[Sequence[Window]]:

@@ -92,9 +92,9 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> TrainResult:
     # 5. Steps. The host looks at the metrics of step n after step n + 1 is dispatched, so the device never waits.
     step_fn = make_train_step(config, plan, optimizer, mesh, unscored=(PAD_ID, BOS_ID))
     log = _Log(config, writer, schedule, checkpoints, last_loss=float("nan"))
-    stream = batches.iterate(first * config.batch_size)
     step = first
     with (
+        batches.iterate(first * config.batch_size) as stream,
         _TerminationFlag() as termination,
         Progress("training", total=config.steps, unit="steps", initial=first) as progress,
     ):

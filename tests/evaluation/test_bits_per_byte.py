@@ -1,0 +1,167 @@
+"""Bits-per-byte is exact: every byte once, the same number however the work is cut."""
+
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from small_run import MODEL, K, M
+
+from retro_jax.config import MeshConfig, RetroConfig
+from retro_jax.data.corpus import Corpus, build_corpus
+from retro_jax.data.tokenizer import EOS_ID
+from retro_jax.errors import UserError
+from retro_jax.evaluation.bits_per_byte import Neighbourhood, Score, evaluate
+from retro_jax.model.retro import Retro
+from retro_jax.parallel.mesh import create_mesh
+from retro_jax.retrieval.neighbours import NeighbourTable
+from retro_jax.training.state import plan_model
+
+WINDOW, STRIDE = 4 * M, 2 * M
+
+
+def model_on(mesh, config=MODEL, scale=8.0):
+    """A random model whose weights are large enough that neighbours change its predictions."""
+    plan = plan_model(config, mesh)
+    _, params = nnx.split(Retro(config, rngs=nnx.Rngs(3)))
+    params = jax.tree.map(lambda leaf: leaf * scale, params)
+    return plan, jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, plan.params))
+
+
+@pytest.fixture(scope="module")
+def corpus(small_data):
+    return Corpus(small_data.corpus)
+
+
+@pytest.fixture(scope="module")
+def neighbourhood(small_data):
+    return Neighbourhood(NeighbourTable(small_data.neighbours), Corpus(small_data.database / "corpus"), K)
+
+
+@pytest.fixture(scope="module")
+def one():
+    return create_mesh(MeshConfig(fsdp=1), devices=jax.devices()[:1])
+
+
+def score(corpus, mesh, model=None, window=WINDOW, stride=STRIDE, batch_size=8, neighbourhood=None, **options):
+    plan, params = model or model_on(mesh)
+    scores = evaluate(
+        plan,
+        params,
+        corpus,
+        mesh,
+        window=window,
+        stride=stride,
+        batch_size=batch_size,
+        neighbourhood=neighbourhood,
+        **options,
+    )
+    return sum(scores.values(), Score())
+
+
+def test_a_uniform_model_costs_log2_of_the_vocabulary_for_each_token(corpus, one):
+    found = score(corpus, one, model_on(one, scale=0.0))
+    text_tokens = corpus.num_tokens - 2 * corpus.num_documents  # without start and end token
+    assert found.tokens == text_tokens and found.bytes == corpus.num_bytes
+    assert found.documents == corpus.num_documents
+    assert found.bits_per_byte == pytest.approx(math.log2(MODEL.vocab_size) * text_tokens / corpus.num_bytes, rel=1e-7)
+
+
+@pytest.mark.parametrize("retrieval", [False, True])
+def test_the_number_does_not_depend_on_batch_size_or_devices(corpus, one, neighbourhood, retrieval):
+    where = neighbourhood if retrieval else None
+    expected = score(corpus, one, batch_size=8, neighbourhood=where)
+    for mesh, batch_size in ((one, 3), (create_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), 8)):
+        found = score(corpus, mesh, batch_size=batch_size, neighbourhood=where)
+        assert found.nats == pytest.approx(expected.nats, rel=1e-6)
+        assert (found.tokens, found.bytes) == (expected.tokens, expected.bytes)
+
+
+def test_a_window_as_long_as_the_documents_is_the_plain_forward_pass(corpus, one, neighbourhood):
+    plan, params = model_on(one)
+    longest = max(corpus.document_range(d)[1] for d in range(corpus.num_documents)) * M
+    found = score(corpus, one, window=longest, stride=longest, neighbourhood=neighbourhood)
+    model = jax.jit(lambda params, tokens, neighbours: plan.merge(params)(tokens, neighbours))
+    nats = 0.0
+    for document in range(corpus.num_documents):
+        first, chunks = corpus.document_range(document)
+        ids = np.arange(first, first + chunks)
+        padded = np.zeros((1, longest), np.int32)
+        padded[0, : chunks * M] = corpus.tokens(ids).reshape(-1)
+        near = np.zeros((1, longest // M, K, 2 * M), np.int32)
+        near[0, :chunks] = neighbourhood.database.neighbour_tokens(neighbourhood.table.ids(ids)[:, :K])
+        logits = np.asarray(model(params, padded, near), np.float64)[0]
+        log_probabilities = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        for position in range(chunks * M - 1):
+            label = padded[0, position + 1]
+            if label not in (0, EOS_ID):
+                nats -= log_probabilities[position, label]
+    assert found.nats == pytest.approx(nats, rel=1e-6)
+
+
+def test_on_off_and_shuffled_are_three_different_things(corpus, one, neighbourhood, small_data):
+    model = model_on(one)
+    off = score(corpus, one, model)
+    on = score(corpus, one, model, neighbourhood=neighbourhood)
+    other = Neighbourhood(neighbourhood.table, neighbourhood.database, K, shuffled=True)
+    shuffled = score(corpus, one, model, neighbourhood=other)
+    assert len({round(entry.nats, 3) for entry in (off, on, shuffled)}) == 3
+    assert off.bytes == on.bytes == shuffled.bytes
+
+
+def test_any_number_of_neighbours_up_to_those_stored_can_be_evaluated(corpus, one, neighbourhood):
+    model = model_on(one)
+    table, database = neighbourhood.table, neighbourhood.database
+    nats = {k: score(corpus, one, model, neighbourhood=Neighbourhood(table, database, k)).nats for k in (1, 4)}
+    assert nats[1] != nats[4]
+    with pytest.raises(UserError, match="5 neighbours asked for, 4 are stored"):
+        score(corpus, one, model, neighbourhood=Neighbourhood(table, database, 5))
+
+
+def test_groups_add_up_to_the_whole(corpus, one):
+    model = model_on(one)
+    whole = score(corpus, one, model)
+    plan, params = model
+    groups = evaluate(
+        plan,
+        params,
+        corpus,
+        one,
+        window=WINDOW,
+        stride=STRIDE,
+        batch_size=8,
+        group_by=lambda document: corpus.document(document).metadata["source"],
+    )
+    assert len(groups) > 1
+    total = sum(groups.values(), Score())
+    assert total.nats == pytest.approx(whole.nats, rel=1e-9)
+    assert (total.bytes, total.documents) == (whole.bytes, whole.documents)
+
+
+@pytest.mark.parametrize("tokens", [3, M - 1, M, M + 1, WINDOW - 1, WINDOW, WINDOW + 1, WINDOW + STRIDE + 1])
+def test_documents_of_every_awkward_length_are_scored_whole(small_data, one, tmp_path, tokens):
+    tokenizer = Corpus(small_data.corpus).tokenizer
+    text = "".join(chr(ord("a") + i % 26) for i in range(tokens))
+    while len(tokenizer.encode(text)) > tokens - 2:
+        text = text[:-1]
+    texts = (text, "and a second one, longer " * 9)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    build_corpus([tmp_path / "a.jsonl"], tokenizer, tmp_path / "corpus", chunk_length=M)
+    corpus = Corpus(tmp_path / "corpus")
+    found = score(corpus, one, model_on(one, scale=0.0))
+    assert found.bytes == corpus.num_bytes and found.tokens == corpus.num_tokens - 4
+
+
+def test_a_baseline_is_a_retro_off(corpus, one):
+    config = RetroConfig(**{**vars(MODEL), "cca_layers": ()})
+    assert score(corpus, one, model_on(one, config)).bytes == corpus.num_bytes
+
+
+def test_neighbours_of_another_corpus_are_refused(corpus, one, neighbourhood):
+    swapped = Neighbourhood(neighbourhood.table, corpus, K)
+    with pytest.raises(UserError, match="found in another database"):
+        score(corpus, one, neighbourhood=swapped)
+    with pytest.raises(UserError, match="of another corpus"):
+        score(neighbourhood.database, one, neighbourhood=neighbourhood)

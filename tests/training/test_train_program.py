@@ -1,0 +1,154 @@
+"""launch/train.py as a user runs it: resumes exactly, stops cleanly, names mistakes."""
+
+import json
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+from small_run import error_line, program, run_program
+
+from retro_jax.training.metrics import read_metrics
+
+
+def flags(recipe, workdir, *more):
+    return [f"--config={recipe}", f"--workdir={workdir}", *more]
+
+
+def losses(workdir):
+    return {line["step"]: line["loss"] for line in read_metrics(workdir)}
+
+
+def test_a_run_leaves_metrics_config_tokenizer_and_checkpoints(finished_run):
+    assert sorted(losses(finished_run)) == list(range(1, 13))
+    assert all(np.isfinite(list(losses(finished_run).values())))
+    line = read_metrics(finished_run)[-1]
+    assert line["examples_seen"] == 48 and line["data_wait_seconds"] >= 0 and line["tokens_per_second"] > 0
+    assert json.loads((finished_run / "config.json").read_text())["data"]["length"] == 32
+    assert {path.name for path in finished_run.iterdir()} >= {"tokenizer.model", "checkpoints", "tensorboard"}
+    assert {path.name for path in (finished_run / "checkpoints").iterdir()} == {"8", "12"}
+
+
+def test_a_finished_run_started_again_changes_nothing(finished_run, small_data):
+    before = (finished_run / "metrics.jsonl").read_text()
+    status, _, stderr = run_program("launch/train.py", *flags(small_data.recipe, finished_run))
+    assert status == 0, stderr
+    assert (finished_run / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("kill_after_step", [1, 5, 8])
+def test_a_killed_run_goes_on_bit_for_bit(finished_run, small_data, tmp_path, kill_after_step):
+    workdir = tmp_path / "killed"
+    process = program("launch/train.py", *flags(small_data.recipe, workdir, "--config.log_every=1"))
+    wait_for_step(process, workdir, kill_after_step)
+    process.kill()
+    process.communicate()
+    assert losses(workdir).keys() != losses(finished_run).keys()
+    status, _, stderr = run_program("launch/train.py", *flags(small_data.recipe, workdir))
+    assert status == 0, stderr
+    assert losses(workdir) == losses(finished_run)
+
+
+def test_a_run_killed_while_saving_goes_on_bit_for_bit(finished_run, small_data, tmp_path):
+    workdir = tmp_path / "saving"
+    process = program("launch/train.py", *flags(small_data.recipe, workdir))
+    deadline = time.monotonic() + 200
+    while not list((workdir / "checkpoints").glob("*tmp*")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.0002)
+    process.kill()
+    process.communicate()
+    status, _, stderr = run_program("launch/train.py", *flags(small_data.recipe, workdir))
+    assert status == 0, stderr
+    assert losses(workdir) == losses(finished_run)
+    assert not list((workdir / "checkpoints").glob("*tmp*"))
+
+
+def test_sigterm_saves_first_and_the_same_command_goes_on(finished_run, small_data, tmp_path):
+    workdir = tmp_path / "terminated"
+    process = program("launch/train.py", *flags(small_data.recipe, workdir))
+    wait_for_step(process, workdir, 1)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 143, stderr
+    stopped = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
+    assert f"stopped by SIGTERM after step {stopped}, saved" in stderr
+    status, _, stderr = run_program("launch/train.py", *flags(small_data.recipe, workdir))
+    assert status == 0, stderr
+    assert losses(workdir) == losses(finished_run)
+
+
+def test_another_mesh_goes_on_with_equal_losses(finished_run, small_data, tmp_path):
+    workdir = tmp_path / "elastic"
+    shutil.copytree(finished_run, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "12")
+    status, stdout, stderr = run_program(
+        "launch/train.py", *flags(small_data.recipe, workdir, "--config.mesh.tensor=2"), devices=8
+    )
+    assert status == 0, stderr
+    assert "from step 8" in stdout
+    for step, loss in losses(finished_run).items():
+        assert losses(workdir)[step] == pytest.approx(loss, rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_checkpoint_and_batch(small_data, tmp_path):
+    line = error_line(
+        "launch/train.py",
+        *flags(
+            small_data.recipe,
+            tmp_path / "nan",
+            "--config.optimizer.peak_learning_rate=1e30",
+            "--config.optimizer.warmup_steps=6",
+            "--config.optimizer.clip_norm=0.0",
+            "--config.checkpoint.every_steps=1",
+        ),
+    )
+    assert "loss nan" in line or "loss inf" in line
+    assert "last good checkpoint: step" in line and "first corpus chunks are" in line and "examples" in line
+    good = int(line.split("last good checkpoint: step ")[1].split(";")[0])
+    assert (tmp_path / "nan" / "checkpoints" / str(good)).is_dir()
+    assert good == int(line.split("error: step ")[1].split(":")[0]) - 1
+
+
+def test_mistakes_are_named_in_one_line(finished_run, small_data, tmp_path):
+    def mistake(*more, workdir=tmp_path / "new", recipe=small_data.recipe):
+        return error_line("launch/train.py", *flags(recipe, workdir, *more))
+
+    assert "widht" in (line := mistake("--config.model.widht=8")) and "width" in line
+    assert "Did you mean: workdir" in mistake("--wrkdir=x")
+    assert "abc" in mistake("--config.steps=abc")
+    assert "nowhere.py" in mistake(recipe=tmp_path / "nowhere.py")
+    assert "no such directory" in mistake(f"--config.data.sequences={tmp_path / 'nowhere'}")
+    assert "model.vocab_size is 100" in mistake("--config.model.vocab_size=100")
+    assert "batch_size 3 is not a multiple" in error_line(
+        "launch/train.py", *flags(small_data.recipe, tmp_path / "new", "--config.batch_size=3"), devices=2
+    )
+    assert "belongs to a run with optimizer.peak_learning_rate = 0.01 (now 0.5)" in mistake(
+        "--config.optimizer.peak_learning_rate=0.5", workdir=finished_run
+    )
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("x")
+    assert "is not empty and holds no run" in mistake(workdir=tmp_path / "other")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_corrupt_record_is_named(small_data, tmp_path):
+    shutil.copytree(small_data.sequences, tmp_path / "sequences")
+    (shard,) = (tmp_path / "sequences").glob("*.tfrecord")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    line = error_line(
+        "launch/train.py",
+        *flags(small_data.recipe, tmp_path / "run", f"--config.data.sequences={tmp_path / 'sequences'}"),
+    )
+    assert shard.name in line
+
+
+def wait_for_step(process, workdir, step):
+    deadline = time.monotonic() + 200
+    while max(losses(workdir), default=0) < step:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
