@@ -26,6 +26,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["retro_jax", "retro_jax.*"]),
+    package_data={"retro_jax.evaluation": ["report.html"]},
     install_requires=[
         "jax>=0.10.2",
         "flax~=0.12.8",

@@ -1,0 +1,210 @@
+"""The whole pipeline on the sample corpus, from text to a report.
+
+    python launch/demo.py --workdir=demo
+
+Every step is a program of tools/ or launch/, run with the command that is printed. A demo that was interrupted goes on
+where it stopped; finished steps are passed over in a moment.
+"""
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from absl import flags
+
+from retro_jax import program
+from retro_jax.data.stage import atomic_write, write_json
+from retro_jax.errors import UserError
+from retro_jax.evaluation.report import render
+from retro_jax.training.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = "stages.json"
+
+_WORKDIR = flags.DEFINE_string("workdir", "demo", "Directory for everything the demo makes.")
+_EMBEDDER = flags.DEFINE_string("embedder", None, "BERT to embed with; all-MiniLM-L6-v2 is downloaded by default.")
+_STEPS = flags.DEFINE_integer(
+    "steps", None, "Training steps of each model, for a shorter demo.", lower_bound=30
+)
+
+INTRODUCTION = (
+    "A small RETRO and the same decoder without retrieval, trained on 86 documents. As on the web, most pages have an "
+    "older copy elsewhere: the database holds first revisions, and what is read and scored are often second ones, with "
+    "other numbers and lines removed."
+)
+EVALUATIONS = {
+    "revised": (
+        "Revised documents",
+        "Neither model has seen these five documents. Their first revisions are in the database, so what they say can "
+        "be looked up: here retrieval should pay.",
+    ),
+    "new": (
+        "New documents",
+        "Neither the training set nor the database holds these five documents in any revision; neighbours are merely "
+        "of the same kind. Here there is little to gain, and a model that trusts its neighbours blindly would lose.",
+    ),
+}
+
+
+def main() -> None:
+    work = Path(_WORKDIR.value)
+    work.mkdir(parents=True, exist_ok=True)
+    demo = Demo(work)
+
+    # Text
+    sample = ROOT / "experiments" / "sample" / "sample.jsonl"
+    demo.run("documents", "tools/make_demo_text.py", input=sample, output=work / "text")
+    demo.run(
+        "tokenizer",
+        "tools/train_tokenizer.py",
+        input=work / "text" / "train.jsonl",
+        output=work / "tokenizer.model",
+        vocab_size=2048,
+    )
+    for name in ("database", "train", "revised", "new"):
+        demo.run(
+            f"corpus of {name}",
+            "tools/build_corpus.py",
+            input=work / "text" / f"{name}.jsonl",
+            tokenizer=work / "tokenizer.model",
+            output=work / name / "corpus",
+        )
+
+    # Database and neighbours
+    embedder = _EMBEDDER.value
+    if embedder is None:
+        embedder = work / "embedder"
+        demo.run("embedder", "tools/fetch_embedder.py", output=embedder)
+    for name in ("database", "train", "revised", "new"):
+        demo.run(
+            f"embeddings of {name}",
+            "tools/embed_chunks.py",
+            corpus=work / name / "corpus",
+            embedder=embedder,
+            normalize=True,
+            output=work / name / "embeddings",
+        )
+    database = work / "database"
+    demo.run("index", "tools/build_index.py", embeddings=database / "embeddings", output=database / "index")
+    for name in ("train", "revised", "new"):
+        demo.run(
+            f"neighbours of {name}",
+            "tools/find_neighbours.py",
+            corpus=work / name / "corpus",
+            embeddings=work / name / "embeddings",
+            database=database,
+            output=work / name / "neighbours",
+        )
+    demo.run(
+        "sequences",
+        "tools/write_sequences.py",
+        corpus=work / "train" / "corpus",
+        neighbours=work / "train" / "neighbours",
+        database=database,
+        output=work / "sequences",
+        length=256,
+        k=2,
+    )
+
+    # Training
+    more = {"config.steps": _STEPS.value} if _STEPS.value else {}
+    for run, recipe in (("baseline", "experiments/demo.py:demo-baseline"), ("retro", "experiments/demo.py")):
+        settings = {"config": recipe, "workdir": work / run, "config.data.sequences": work / "sequences", **more}
+        demo.run(f"training of the {run}", "launch/train.py", **settings)
+
+    # Evaluation, sample, report
+    for name in EVALUATIONS:
+        demo.run(
+            f"evaluation on {name} documents",
+            "launch/evaluate.py",
+            workdir=f"{work / 'baseline'},{work / 'retro'}",
+            corpus=work / name / "corpus",
+            neighbours=work / name / "neighbours",
+            database=database,
+            output=work / f"bpb_{name}.json",
+        )
+    sampling = {"workdir": work / "retro", "prompt": _prompt(work), "max_new_tokens": 96, "temperature": 0}
+    demo.run(
+        "sample with retrieval",
+        "launch/sample.py",
+        **sampling,
+        database=database,
+        embedder=embedder,
+        output=work / "sample_on.json",
+    )
+    demo.run("sample without retrieval", "launch/sample.py", **sampling, output=work / "sample_off.json")
+    report = _write_report(work, demo.stages)
+    print(f"\nThe report: {report}")
+
+
+class Demo:
+    """Runs the steps one by one and remembers how long each took when it first ran."""
+
+    def __init__(self, work: Path) -> None:
+        self._path = work / STAGES
+        self.stages: dict[str, float] = json.loads(self._path.read_text()) if self._path.is_file() else {}
+
+    def run(self, name: str, script: str, **options: object) -> None:
+        """Runs a program with flags; its failure ends the demo with its own message."""
+        arguments = [_flag(key, value) for key, value in options.items()]
+        print(f"\n[{name}]\n$ python {script} {shlex.join(arguments)}", flush=True)
+        begun = time.monotonic()
+        status = subprocess.run(
+            [sys.executable, str(ROOT / script), *arguments], check=False, cwd=Path.cwd()
+        ).returncode
+        if status:
+            raise UserError(f"the demo stopped at {name!r} (exit status {status}); `make demo` goes on from there")
+        self.stages.setdefault(name, time.monotonic() - begun)
+        write_json(self._path, self.stages)
+
+
+def _flag(key: str, value: object) -> str:
+    if isinstance(value, bool):
+        return f"--{key}" if value else f"--no{key}"
+    if key == "config":
+        return f"--config={ROOT / str(value)}"
+    return f"--{key}={value}"
+
+
+def _prompt(work: Path) -> str:
+    """The first lines of a revised document, a little more than one chunk."""
+    with open(work / "text" / "revised.jsonl", encoding="utf-8") as file:
+        text = json.loads(file.readline())["text"]
+    return text[:240].rsplit(" ", 1)[0]
+
+
+def _write_report(work: Path, stages: dict[str, float]) -> Path:
+    results = {name: json.loads((work / f"bpb_{name}.json").read_text())["results"] for name in EVALUATIONS}
+    counts = {
+        "documents trained on": _count(work / "train" / "corpus", "documents"),
+        "chunks in the database": _count(work / "database" / "corpus", "chunks"),
+        "training sequences": _count(work / "sequences", "sequences"),
+    }
+    page = render(
+        title="retro_jax demo",
+        introduction=INTRODUCTION,
+        facts=[
+            *((name, f"{count:,}") for name, count in counts.items()),
+            ("steps of each model", f"{results['revised'][0]['step']:,}"),
+            ("time of all stages", f"{sum(stages.values()) / 60:.1f} min"),
+        ],
+        curves={name: read_metrics(work / name) for name in ("baseline", "retro")},
+        evaluations=[(*EVALUATIONS[name], results[name]) for name in EVALUATIONS],
+        samples=[json.loads((work / f"sample_{mode}.json").read_text()) for mode in ("on", "off")],
+        stages=list(stages.items()),
+    )
+    path = work / "report.html"
+    with atomic_write(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return path
+
+
+def _count(directory: Path, unit: str) -> int:
+    return json.loads((directory / "manifest.json").read_text())["counts"][unit]
+
+
+if __name__ == "__main__":
+    program.run(main)
