@@ -55,6 +55,8 @@ class RetroConfig:
       pad_id: token id that is never attended to and never predicted.
       dtype: compute dtype, "float32" or "bfloat16"; parameters, norms, softmax and loss are float32.
       remat: "none", or "block" to recompute each block's activations in the backward pass.
+      scan_layers: loop over equal layers at run time, so that compile time does not grow with depth; False writes every
+        layer out, which is faster on a CPU (no stacking of what the backward pass needs). The parameters are the same.
     """
 
     vocab_size: int
@@ -81,6 +83,7 @@ class RetroConfig:
     pad_id: int = 0
     dtype: str = "float32"
     remat: str = "none"
+    scan_layers: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cca_layers", tuple(sorted(self.cca_layers)))

@@ -103,9 +103,11 @@ class Context(NamedTuple):
 class Segment(nnx.Module):
     """The blocks of one Run: one module per place in the pattern, its parameters stacked over the repeats."""
 
-    def __init__(self, blocks: list[Block], remat: bool):
+    def __init__(self, blocks: list[Block], run: Run, config: RetroConfig):
         self.blocks = nnx.List(blocks)
-        self.remat = remat
+        self.repeats = run.repeats
+        self.remat = config.remat == "block"
+        self.scan = config.scan_layers
 
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
         graphdef, stacked = nnx.split(self.blocks)
@@ -114,10 +116,14 @@ class Segment(nnx.Module):
             for block in nnx.merge(graphdef, params):
                 call = functools.partial(block, context=context)
                 # Inside a scan nothing can be merged with the forward pass, so the costly barrier is not needed.
-                x = jax.checkpoint(call, prevent_cse=False)(x) if self.remat else call(x)
+                x = jax.checkpoint(call, prevent_cse=not self.scan)(x) if self.remat else call(x)
             return x, None
 
-        return jax.lax.scan(repeat, x, stacked)[0]
+        if self.scan:
+            return jax.lax.scan(repeat, x, stacked)[0]
+        for index in range(self.repeats):
+            x, _ = repeat(x, jax.tree.map(lambda leaf: leaf[index], stacked))  # noqa: B023 (used at once)
+        return x
 
 
 class Decoder(nnx.Module):
@@ -145,7 +151,7 @@ class Decoder(nnx.Module):
             return Block(take(attention, layers), own, take(ffw, layers))
 
         def segment(run: Run) -> Segment:
-            return Segment([block(run, place) for place in range(len(run.pattern))], config.remat == "block")
+            return Segment([block(run, place) for place in range(len(run.pattern))], run, config)
 
         plan = layer_plan(depth, chosen)
         self.config = config

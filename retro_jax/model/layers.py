@@ -125,8 +125,29 @@ class RMSNorm(nnx.Module):
         return (y * inverse_rms * self.scale[...]).astype(x.dtype)
 
 
+@jax.custom_jvp
+def gelu(x: jax.Array) -> jax.Array:
+    """GELU in GPT-2's form, 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))."""
+    return _gelu_and_slope(x)[0]
+
+
+@gelu.defjvp
+def _gelu_jvp(primals, tangents):
+    # By hand, so that the backward pass keeps one array, the slope, and computes no second tanh.
+    value, slope = _gelu_and_slope(*primals)
+    return value, slope * tangents[0]
+
+
+def _gelu_and_slope(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    scale, cubic = math.sqrt(2 / math.pi), 0.044715
+    square = x * x
+    bend = jnp.tanh(scale * x * (1 + cubic * square))
+    slope = 0.5 * (1 + bend) + 0.5 * x * (1 - bend * bend) * scale * (1 + 3 * cubic * square)
+    return 0.5 * x * (1 + bend), slope
+
+
 class FeedForward(nnx.Module):
-    """FFW of paper section 2.4: x + down(gelu(up(norm(x)))), not gated, without biases; GELU by tanh as in GPT-2."""
+    """FFW of paper section 2.4: x + down(gelu(up(norm(x)))), not gated, without biases."""
 
     def __init__(self, config: RetroConfig, stream: Stream, hidden: int, num_layers: int, key: jax.Array):
         dtype = statistics_dtype(config)
@@ -139,7 +160,7 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] to [..., D]."""
-        hidden = jax.nn.gelu(self.norm(x) @ self.up[...].astype(x.dtype), approximate=True)
+        hidden = gelu(self.norm(x) @ self.up[...].astype(x.dtype))
         return x + hidden @ self.down[...].astype(x.dtype)
 
 

@@ -45,6 +45,7 @@ _SIZES = {
         encoder_num_heads=4,
         encoder_head_size=64,
         encoder_ffw_width=1024,
+        scan_layers=False,
     ),
     "demo": RetroConfig(
         vocab_size=2048,
@@ -58,6 +59,7 @@ _SIZES = {
         encoder_num_heads=4,
         encoder_head_size=32,
         encoder_ffw_width=512,
+        scan_layers=False,
     ),
 }
 PRESETS = {

@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import SMALL
+from small import SMALL, graph, inputs, random_parameters
 
-from retro_jax.model import layer_shapes
-from retro_jax.model.attention import masked_softmax, positions, rotate, rotation, sinusoid, skew
+from retro_jax.model import attention, layer_shapes
+from retro_jax.model.attention import causal_blocks, masked_softmax, positions, rotate, rotation, sinusoid, skew
 from retro_jax.model.chunked_cross_attention import attending_chunks, cca_positions, positions_of_chunks
 from retro_jax.model.encoder import encoder_positions
 from retro_jax.model.presets import preset
@@ -136,3 +137,30 @@ def test_position_parameters_exist_only_where_used(kind):
     names = layer_shapes(dataclasses.replace(SMALL, positions=kind))
     relative = [name for name in names if name.endswith((".relative", ".content_bias", ".position_bias"))]
     assert len(relative) == (0 if kind == "rope" else 3 * (4 + 2 + 2 + 1))  # ATTN, CCA, ATTN_enc, CA_enc
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(1, 3000), st.integers(1, 80), st.integers(1, 6))
+def test_causal_blocks_cover_every_query_once_in_order(length, smallest, most):
+    blocks = causal_blocks(length, smallest, most)
+    assert [t for start, stop in blocks for t in range(start, stop)] == list(range(length))
+    assert 1 <= len(blocks) <= most
+
+
+@pytest.mark.parametrize("kind", ["transformer_xl", "rope"])
+def test_queries_in_blocks_give_the_same_logits_and_gradients(kind, monkeypatch):
+    config = dataclasses.replace(SMALL, positions=kind, cca_layers=(), num_layers=1)
+    params = random_parameters(config)
+    tokens = jnp.asarray(inputs(config)[0]).at[0, 4].set(config.pad_id)
+
+    def results():
+        def loss(params):
+            logits = nnx.merge(graph(config), params)(tokens)
+            return jnp.sum(jnp.square(logits)), logits
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+
+    assert len(causal_blocks(tokens.shape[1])) == 1
+    whole = results()
+    monkeypatch.setattr(attention, "causal_blocks", lambda length: [(0, 5), (5, 10), (10, length)])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-10), results(), whole)
