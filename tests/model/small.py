@@ -28,6 +28,10 @@ SMALL = RetroConfig(
 )
 
 
+# Compiling dominates these tests; what the compiler's optimiser does is not their subject.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
 def random_parameters(config, seed=0):
     """Every parameter drawn at random, biases and norms too: what is zero or one at the start hides mistakes."""
     generator = np.random.default_rng(seed)
@@ -49,12 +53,12 @@ def graph(config):
     return graphdef
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
 def _logits(graphdef, params, tokens, neighbours):
     return nnx.merge(graphdef, params)(tokens, neighbours)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
 def _encode(graphdef, params, tokens, neighbours):
     return nnx.merge(graphdef, params).encode(tokens, neighbours).values
 

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import SMALL, graph, inputs, random_parameters
+from small import QUICK, SMALL, graph, inputs, random_parameters
 
 from retro_jax.model import attention, layer_shapes
 from retro_jax.model.attention import causal_blocks, masked_softmax, positions, rotate, rotation, sinusoid, skew
@@ -158,7 +158,7 @@ def test_queries_in_blocks_give_the_same_logits_and_gradients(kind, monkeypatch)
             logits = nnx.merge(graph(config), params)(tokens)
             return jnp.sum(jnp.square(logits)), logits
 
-        return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+        return jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)(params)
 
     assert len(causal_blocks(tokens.shape[1])) == 1
     whole = results()

@@ -1,6 +1,7 @@
 """Layers stacked and scanned are the same model as layers called one after another."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 from flax import nnx
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from small import SMALL, graph, inputs, logits, random_parameters
+from small import QUICK, SMALL, graph, inputs, logits, random_parameters
 
 from retro_jax.model import to_layers
 from retro_jax.model.attention import SelfAttention
@@ -85,7 +86,7 @@ def test_scanned_layers_equal_layers_one_by_one():
             ),
         )
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICK)
     def looped(params):
         model = nnx.merge(graph(config), params)
         context = model.decoder.context(jnp.asarray(tokens) != config.pad_id)
@@ -116,7 +117,7 @@ def test_recomputing_blocks_gives_the_same_loss_and_gradients():
         def loss(params, graphdef=graphdef):
             return jnp.sum(jnp.square(nnx.merge(graphdef, params)(jnp.asarray(tokens), jnp.asarray(neighbours))))
 
-        results.append(jax.jit(jax.value_and_grad(loss))(params))
+        results.append(jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)(params))
     for result in results[1:]:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9), results[0], result)
 
@@ -134,6 +135,6 @@ def test_gradients_are_finite_where_nothing_may_be_seen():
         out = nnx.merge(graphdef, params)(jnp.asarray(tokens), jnp.asarray(neighbours))
         return jnp.sum(jnp.square(out))
 
-    value, gradients = jax.jit(jax.value_and_grad(loss))(params)
+    value, gradients = jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)(params)
     assert np.isfinite(value)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))

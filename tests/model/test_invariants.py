@@ -11,9 +11,15 @@ M = SMALL.chunk_length
 TOLERANCE = 1e-12
 
 
-@pytest.fixture(scope="module", params=["transformer_xl", "rope"])
+CONFIGS = {
+    "transformer_xl": dataclasses.replace(SMALL, num_layers=3, cca_layers=(2, 3)),
+    "rope": dataclasses.replace(SMALL, num_layers=2, cca_layers=(1, 2), encoder_layers=1, positions="rope"),
+}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
 def config(request):
-    return dataclasses.replace(SMALL, positions=request.param)
+    return CONFIGS[request.param]
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +136,7 @@ def test_encoded_neighbours_do_not_see_each_other(config, params, batch):  # [10
 def test_right_padding_changes_nothing(config, params, batch):
     tokens, neighbours = batch
     before = logits(config, params, tokens, neighbours)
-    longer = np.pad(tokens, ((0, 0), (0, 3)), constant_values=config.pad_id)  # 14 + 3: one more chunk, half of it PAD
+    longer = np.pad(tokens, ((0, 0), (0, M)), constant_values=config.pad_id)  # one more chunk, half of it PAD
     more = np.pad(neighbours, ((0, 0), (0, 1), (0, 0), (0, 0)), constant_values=config.pad_id)
     after = logits(config, params, longer, more)
     np.testing.assert_allclose(after[:, : tokens.shape[1]], before, rtol=0, atol=TOLERANCE)
