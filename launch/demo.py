@@ -7,6 +7,7 @@ where it stopped; finished steps are passed over in a moment.
 """
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -26,9 +27,7 @@ STAGES = "stages.json"
 
 _WORKDIR = flags.DEFINE_string("workdir", "demo", "Directory for everything the demo makes.")
 _EMBEDDER = flags.DEFINE_string("embedder", None, "BERT to embed with; all-MiniLM-L6-v2 is downloaded by default.")
-_STEPS = flags.DEFINE_integer(
-    "steps", None, "Training steps of each model, for a shorter demo.", lower_bound=30
-)
+_STEPS = flags.DEFINE_integer("steps", None, "Training steps of each model, for a shorter demo.", lower_bound=30)
 
 INTRODUCTION = (
     "A small RETRO and the same decoder without retrieval, trained on 86 documents. As on the web, most pages have an "
@@ -145,6 +144,8 @@ class Demo:
 
     def __init__(self, work: Path) -> None:
         self._path = work / STAGES
+        # Several steps run the same model: what one has compiled, the next one finds.
+        self._environment = {"JAX_COMPILATION_CACHE_DIR": str((work / "compiled").absolute()), **os.environ}
         self.stages: dict[str, float] = json.loads(self._path.read_text()) if self._path.is_file() else {}
 
     def run(self, name: str, script: str, **options: object) -> None:

@@ -6,23 +6,26 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from retro_jax.errors import UserError
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[..., None], *, positional: bool = False) -> None:
     """Parses flags, runs `main`, and turns a user's mistake into one line on stderr and exit status 1.
 
-    Positional arguments and unknown flags are mistakes (absl names the nearest flag). A full disk, a missing file and a
-    refused permission are reported with the file's name. SIGINT exits with 130.
+    Unknown flags are mistakes (absl names the nearest flag), and so are positional arguments unless `positional`, when
+    `main` gets their list. A full disk, a missing file and a refused permission are reported with the file's name.
+    SIGINT exits with 130.
     """
 
     def checked(arguments: Sequence[str]) -> None:
-        if len(arguments) > 1:
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # Orbax and JAX tell every step of theirs at INFO
+        if len(arguments) > 1 and not positional:
             _fail(f"unexpected argument {arguments[1]!r}; every option is a --flag (try --help)")
         try:
-            main()
+            main(list(arguments[1:])) if positional else main()
         except UserError as error:
             _fail(str(error))
         except KeyboardInterrupt:
