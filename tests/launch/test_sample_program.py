@@ -1,0 +1,75 @@
+"""launch/sample.py as a user runs it: neighbours with their source, retrieval off, mistakes in one line."""
+
+import json
+
+import pytest
+from small_run import K, M, error_line, run_program
+from tiny_bert import write_tiny_bert
+
+from retro_jax.data.corpus import Corpus
+from retro_jax.retrieval.embedder import Embedder, embed_corpus
+from retro_jax.retrieval.index import build_index
+
+
+@pytest.fixture(scope="module")
+def database(small_data, tmp_path_factory):
+    """The small database made searchable with a random BERT; gives (database, embedder)."""
+    bert = write_tiny_bert(tmp_path_factory.mktemp("bert"))
+    embedder = Embedder.load(bert, normalize=False, max_length=32)
+    embed_corpus(Corpus(small_data.database / "corpus"), embedder, small_data.database / "embeddings")
+    from retro_jax.retrieval.embedder import EmbeddingSet
+
+    build_index(EmbeddingSet(small_data.database / "embeddings"), small_data.database / "index")
+    return small_data.database, bert
+
+
+def test_a_sample_shows_the_neighbours_of_each_complete_chunk(database, finished_run, tmp_path):
+    directory, bert = database
+    output = tmp_path / "sample.json"
+    flags = [
+        f"--workdir={finished_run}",
+        "--prompt=Ein Prompt mit Ümläuten 日本 and plenty of words, so that chunks are complete",
+        "--max_new_tokens=20",
+        "--seed=3",
+        f"--database={directory}",
+        f"--embedder={bert}",
+        f"--output={output}",
+    ]
+    status, stdout, stderr = run_program("launch/sample.py", *flags)
+    assert status == 0, stderr
+    sample = json.loads(output.read_text())
+    assert stdout.startswith(sample["prompt"] + sample["continuation"])
+    corpus = Corpus(directory / "corpus")
+    chunks = {entry["chunk"] for entry in sample["neighbours"]}
+    assert chunks == set(range(1, max(chunks) + 1)) and max(chunks) >= 3
+    assert len(sample["neighbours"]) == K * len(chunks)
+    for entry in sample["neighbours"]:
+        assert entry["neighbour"] == corpus.text(entry["id"])
+        assert entry["document"] in stdout
+    again = run_program("launch/sample.py", *flags)[1]
+    assert again == stdout
+    assert M * max(chunks) <= 1 + 90 + 20
+
+
+def test_without_a_database_it_runs_off_and_says_so(finished_run):
+    status, stdout, stderr = run_program(
+        "launch/sample.py", f"--workdir={finished_run}", "--prompt=", "--max_new_tokens=4", "--temperature=0"
+    )
+    assert status == 0, stderr
+    assert "no retrieval (OFF)" in stderr and "neighbour" not in stdout
+
+
+def test_mistakes_are_named_in_one_line(database, finished_run, finished_baseline, tmp_path):
+    directory, bert = database
+
+    def mistake(*flags, workdir=finished_run):
+        return error_line("launch/sample.py", f"--workdir={workdir}", "--prompt=x", *flags)
+
+    assert "needs --embedder" in mistake(f"--database={directory}")
+    assert "top_p 0.0 must be above 0" in mistake("--top_p=0")
+    assert "no such directory" in mistake(f"--database={tmp_path / 'nowhere'}", f"--embedder={bert}")
+    assert "sample it without a database" in mistake(
+        f"--database={directory}", f"--embedder={bert}", workdir=finished_baseline
+    )
+    other = write_tiny_bert(tmp_path / "other", seed=9)
+    assert "embedder" in mistake(f"--database={directory}", f"--embedder={other}")
