@@ -103,7 +103,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> TrainResult:
             state, metrics = step_fn(state, _to_devices(batch, config, mesh))
             log.resolve()
             log.push(step, metrics, batch, stream.wait_seconds)
-            progress.note(f"loss {log.last_loss:.4f}")
+            progress.note(f"loss {log.last_loss:.4f}, {log.tokens_per_second:,.0f} tokens/s")
             progress.update(1)
             if termination.raised or step % config.checkpoint.every_steps == 0 or step == config.steps:
                 log.resolve()  # a state behind a loss that is not finite is never saved
@@ -133,6 +133,7 @@ class _Log:
         self._steps_since = 0
         self._tokens_since = 0.0
         self.last_loss = last_loss
+        self.tokens_per_second = 0.0
 
     def push(self, step: int, metrics: dict[str, jax.Array], batch: dict[str, np.ndarray], waited: float) -> None:
         self._pending = (step, metrics, batch, waited)
@@ -149,9 +150,10 @@ class _Log:
             self._stop(step, values, batch)
         self._steps_since += 1
         self._tokens_since += values["tokens"]
+        now = time.monotonic()
+        self.tokens_per_second = self._tokens_since / max(now - self._last_time, 1e-9)
         if step % self._config.log_every and step != self._config.steps:
             return
-        now = time.monotonic()
         self._writer.write(
             step,
             {
@@ -159,7 +161,7 @@ class _Log:
                 "gradient_norm": values["gradient_norm"],
                 "learning_rate": float(self._schedule(step - 1)),
                 "examples_seen": step * self._config.batch_size,
-                "tokens_per_second": self._tokens_since / max(now - self._last_time, 1e-9),
+                "tokens_per_second": self.tokens_per_second,
                 "data_wait_seconds": (waited - self._last_wait) / self._steps_since,
             },
         )
