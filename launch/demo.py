@@ -3,7 +3,7 @@
     python launch/demo.py --workdir=demo
 
 Every step is a program of tools/ or launch/, run with the command that is printed. A demo that was interrupted goes on
-where it stopped; finished steps are passed over in a moment.
+where it stopped: data sets and runs that are finished are not made again.
 """
 
 import json
@@ -95,6 +95,8 @@ def main() -> None:
             corpus=work / name / "corpus",
             embeddings=work / name / "embeddings",
             database=database,
+            # The documents to be scored are no part of the database, so there is nothing to keep from them.
+            filter="document" if name == "train" else "none",
             output=work / name / "neighbours",
         )
     demo.run(
@@ -140,26 +142,34 @@ def main() -> None:
 
 
 class Demo:
-    """Runs the steps one by one and remembers how long each took when it first ran."""
+    """Runs the steps one by one and remembers how long each took until it was finished."""
 
     def __init__(self, work: Path) -> None:
         self._path = work / STAGES
         # Several steps run the same model: what one has compiled, the next one finds.
         self._environment = {"JAX_COMPILATION_CACHE_DIR": str((work / "compiled").absolute()), **os.environ}
-        self.stages: dict[str, float] = json.loads(self._path.read_text()) if self._path.is_file() else {}
+        records = json.loads(self._path.read_text(encoding="utf-8")) if self._path.is_file() else []
+        self._records: dict[str, dict] = {record["stage"]: record for record in records}
+
+    @property
+    def stages(self) -> list[tuple[str, float]]:
+        """Each step and its seconds, in order."""
+        return [(name, record["seconds"]) for name, record in self._records.items()]
 
     def run(self, name: str, script: str, **options: object) -> None:
         """Runs a program with flags; its failure ends the demo with its own message."""
         arguments = [_flag(key, value) for key, value in options.items()]
         print(f"\n[{name}]\n$ python {script} {shlex.join(arguments)}", flush=True)
         begun = time.monotonic()
-        status = subprocess.run(
-            [sys.executable, str(ROOT / script), *arguments], check=False, cwd=Path.cwd()
-        ).returncode
+        command = [sys.executable, str(ROOT / script), *arguments]
+        status = subprocess.run(command, check=False, env=self._environment).returncode
+        record = self._records.setdefault(name, {"stage": name, "seconds": 0.0, "finished": False})
+        if not record["finished"]:
+            record["seconds"] += time.monotonic() - begun
+            record["finished"] = status == 0
+            write_json(self._path, list(self._records.values()))
         if status:
             raise UserError(f"the demo stopped at {name!r} (exit status {status}); `make demo` goes on from there")
-        self.stages.setdefault(name, time.monotonic() - begun)
-        write_json(self._path, self.stages)
 
 
 def _flag(key: str, value: object) -> str:
@@ -178,7 +188,9 @@ def _prompt(work: Path) -> str:
 
 
 def _write_report(work: Path, stages: dict[str, float]) -> Path:
-    results = {name: json.loads((work / f"bpb_{name}.json").read_text())["results"] for name in EVALUATIONS}
+    results = {
+        name: json.loads((work / f"bpb_{name}.json").read_text(encoding="utf-8"))["results"] for name in EVALUATIONS
+    }
     counts = {
         "documents trained on": _count(work / "train" / "corpus", "documents"),
         "chunks in the database": _count(work / "database" / "corpus", "chunks"),
@@ -190,12 +202,12 @@ def _write_report(work: Path, stages: dict[str, float]) -> Path:
         facts=[
             *((name, f"{count:,}") for name, count in counts.items()),
             ("steps of each model", f"{results['revised'][0]['step']:,}"),
-            ("time of all stages", f"{sum(stages.values()) / 60:.1f} min"),
+            ("time of all stages", f"{sum(seconds for _, seconds in stages) / 60:.1f} min"),
         ],
         curves={name: read_metrics(work / name) for name in ("baseline", "retro")},
         evaluations=[(*EVALUATIONS[name], results[name]) for name in EVALUATIONS],
-        samples=[json.loads((work / f"sample_{mode}.json").read_text()) for mode in ("on", "off")],
-        stages=list(stages.items()),
+        samples=[_read(work / f"sample_{mode}.json") for mode in ("on", "off")],
+        stages=stages,
     )
     path = work / "report.html"
     with atomic_write(path) as temporary:
@@ -204,7 +216,11 @@ def _write_report(work: Path, stages: dict[str, float]) -> Path:
 
 
 def _count(directory: Path, unit: str) -> int:
-    return json.loads((directory / "manifest.json").read_text())["counts"][unit]
+    return _read(directory / "manifest.json")["counts"][unit]
+
+
+def _read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from absl import flags
 from retro_jax import program
 from retro_jax.data.corpus import Corpus
 from retro_jax.data.stage import write_json
+from retro_jax.data.text import METADATA_KEYS
 from retro_jax.errors import UserError
 from retro_jax.evaluation.bits_per_byte import MODES, Neighbourhood, Score, evaluate
 from retro_jax.evaluation.table import format_table
@@ -41,6 +42,10 @@ def main() -> None:
     unknown = [mode for mode in _MODES.value if mode not in MODES]
     if unknown:
         raise UserError(f"--modes: {unknown[0]!r} is none of {', '.join(MODES)}")
+    if not (_WORKDIR.value and _MODES.value):
+        raise UserError("--workdir and --modes must not be empty")
+    if _GROUP_BY.value and _GROUP_BY.value not in METADATA_KEYS:
+        raise UserError(f"--group_by: {_GROUP_BY.value!r} is none of {', '.join(METADATA_KEYS)}")
     results = []
     for workdir in _WORKDIR.value:
         results += _evaluate_run(load_trained(workdir, step=_STEP.value), corpus)
@@ -53,7 +58,8 @@ def main() -> None:
 def _evaluate_run(run: TrainedRun, corpus: Corpus) -> list[dict]:
     run.check_tokenizer(corpus.tokenizer_fingerprint, _CORPUS.value)
     window = _WINDOW.value or min(2048, run.config.data.length)
-    stride = _STRIDE.value or window // 2
+    chunk = run.config.model.chunk_length
+    stride = _STRIDE.value or max(1, window // chunk // 2) * chunk
     results = []
     for mode in ["baseline"] if run.config.model.is_baseline else _MODES.value:
         scores = evaluate(

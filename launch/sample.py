@@ -27,6 +27,7 @@ _TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Tokens to generate at mos
 _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Temperature of the draw; 0 is greedy.")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Keep the k most likely tokens; 0 keeps all.")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Keep the most likely tokens up to this probability.")
+_MAX_CONTEXT = flags.DEFINE_integer("max_context", None, "Tokens the model sees; the trained length by default.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the draws.", lower_bound=0)
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to sample from; the newest by default.")
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file for prompt, continuation and neighbours.")
@@ -45,7 +46,9 @@ def main() -> None:
         run.config.model,
         run.plan,
         run.params,
+        vocab_size=run.tokenizer.vocab_size,
         retriever=database,
+        max_context=_MAX_CONTEXT.value or max(run.config.data.length, 2 * run.config.model.chunk_length),
         neighbours=_K.value or run.config.data.neighbours,
     )
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -58,8 +61,9 @@ def main() -> None:
         piece = decoder.decode(run.tokenizer.decode_bytes([sampled.token]))
         text += piece
         print(piece, end="", flush=True)
-    text += decoder.decode(b"", final=True)
-    print()
+    rest = decoder.decode(b"", final=True)
+    text += rest
+    print(rest)
     neighbours = [entry for chunk in retrieved for entry in _describe(chunk, database, run.tokenizer)]
     if database is None:
         print("\nno retrieval (OFF)", file=sys.stderr)
@@ -86,6 +90,8 @@ def main() -> None:
 
 def _open_database(run):
     if not _DATABASE.value:
+        if _EMBEDDER.value:
+            raise UserError("--embedder is of use only with --database")
         return None
     if not _EMBEDDER.value:
         raise UserError("sampling with --database needs --embedder, the one the database was embedded with")

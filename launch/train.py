@@ -8,6 +8,7 @@ The same command after an interruption goes on from the newest checkpoint. SIGTE
 
 import sys
 
+import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
@@ -25,17 +26,22 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main() -> None:
-    try:
-        recipe = _CONFIG.value
-    except OSError as error:
-        raise UserError("--config cannot be loaded: " + " ".join(str(error).split())) from None
-    config = from_config_dict(TrainConfig, recipe)
+    config = from_config_dict(TrainConfig, _recipe())
     result = train(config, _WORKDIR.value)
     if result.terminated:
         print(f"stopped by SIGTERM after step {result.step}, saved; the same command goes on", file=sys.stderr)
         sys.exit(143)
-    last = read_metrics(_WORKDIR.value)[-1]
-    print(f"step {last['step']}: loss {last['loss']:.4f} nats per token; the run lies in {_WORKDIR.value}")
+    losses = [line["loss"] for line in read_metrics(_WORKDIR.value)]
+    loss = f"loss {losses[-1]:.4f} nats per token" if losses else "finished"
+    print(f"step {result.step}: {loss}; the run lies in {_WORKDIR.value}")
+
+
+def _recipe() -> ml_collections.ConfigDict:
+    try:
+        _CONFIG.value.to_dict()  # a recipe that failed to load says so only when it is used
+        return _CONFIG.value
+    except (OSError, SyntaxError, AttributeError) as error:
+        raise UserError(f"--config cannot be loaded: {' '.join(str(error).split())}") from None
 
 
 if __name__ == "__main__":

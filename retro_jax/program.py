@@ -1,6 +1,7 @@
 """How a program of launch/ or tools/ starts and how it fails: flags, one-line errors, exit status."""
 
 import errno
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -22,6 +23,8 @@ def run(main: Callable[..., None], *, positional: bool = False) -> None:
     def checked(arguments: Sequence[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # Orbax and JAX tell every step of theirs at INFO
+        # Orbax logs the traceback of a failed save and raises it as well; the raised one becomes the one line.
+        logging.get_absl_handler().addFilter(lambda record: "orbax" not in record.pathname)
         if len(arguments) > 1 and not positional:
             _fail(f"unexpected argument {arguments[1]!r}; every option is a --flag (try --help)")
         try:
@@ -31,12 +34,14 @@ def run(main: Callable[..., None], *, positional: bool = False) -> None:
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(128 + signal.SIGINT)
+        except BrokenPipeError:
+            sys.stderr.close()  # the reader of our output has gone, and Python would complain when it flushes
+            sys.exit(128 + signal.SIGPIPE)
         except OSError as error:
-            if error.errno in _MESSAGES:
-                name = f"{error.filename}: " if error.filename else ""
-                _fail(f"{name}{_MESSAGES[error.errno]}")
-            raise
+            name = f"{error.filename}: " if error.filename else ""
+            _fail(f"{name}{_MESSAGES.get(error.errno, error.strerror or str(error))}")
 
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow complains of GPUs that it does not need
     app.run(checked, flags_parser=_parse_flags)
 
 
@@ -52,6 +57,9 @@ _MESSAGES = {
 
 
 def _parse_flags(arguments: Sequence[str]) -> list[str]:
+    for argument in arguments:
+        if not argument.isprintable() and any("\ud800" <= character <= "\udfff" for character in argument):
+            _fail(f"argument {argument!r} is not valid UTF-8")
     try:
         return flags.FLAGS(arguments)
     except (flags.Error, UserError, AttributeError, KeyError, TypeError, ValueError) as error:

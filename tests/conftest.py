@@ -50,5 +50,5 @@ def _trained(recipe: Path, workdir: Path) -> Path:
 
     status, stdout, stderr = run_program("launch/train.py", f"--config={recipe}", f"--workdir={workdir}")
     assert status == 0, stderr
-    assert "step 12: loss" in stdout
+    assert "step 40: loss" in stdout
     return workdir

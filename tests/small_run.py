@@ -50,8 +50,8 @@ def get_config():
             data=DataConfig(sequences=({sequences!r},)),
             optimizer=OptimizerConfig(peak_learning_rate=1e-2, warmup_steps=2),
             mesh=MeshConfig(),
-            checkpoint=CheckpointConfig(every_steps=4),
-            steps=12,
+            checkpoint=CheckpointConfig(every_steps=10),
+            steps=40,
             batch_size=4,
             log_every=1,
         )

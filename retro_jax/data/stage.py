@@ -22,7 +22,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
 _DONE = ".done.json"
-_TEMPORARY = ".tmp-"
+TEMPORARY = ".tmp-"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
     try:
         yield temporary
         with open(temporary, "rb") as file:
@@ -99,7 +99,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Writes `value` as indented JSON by atomic rename."""
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+        temporary.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def load_manifest(directory: str | os.PathLike, stage: str) -> Manifest:
@@ -117,7 +117,7 @@ def load_manifest(directory: str | os.PathLike, stage: str) -> Manifest:
         unfinished = " (it was begun and not finished: run it again)" if (directory / PLAN).is_file() else ""
         raise UserError(f"{directory}: no {MANIFEST}, so no complete {stage} data set is here{unfinished}")
     try:
-        manifest = _parse_manifest(json.loads(path.read_text()))
+        manifest = _parse_manifest(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a manifest ({error}); build the stage again in an empty directory") from None
     if manifest.stage != stage:
@@ -198,11 +198,12 @@ class Stage:
                     "format_version": manifest.format_version,
                 }
             )
+            self._remove_side_files()  # of a stage killed between its manifest and their removal
             self.manifest = manifest
         elif (self.directory / PLAN).is_file():
-            self._refuse_difference(json.loads((self.directory / PLAN).read_text()))
+            self._refuse_difference(json.loads((self.directory / PLAN).read_text(encoding="utf-8")))
             self._load_finished_shards()
-        elif any(not path.name.startswith(_TEMPORARY) for path in self.directory.iterdir()):
+        elif any(not path.name.startswith(TEMPORARY) for path in self.directory.iterdir()):
             raise UserError(f"{self.directory} is not empty and holds no {name} stage; give another directory")
         else:
             self._remove_leftovers()
@@ -236,7 +237,11 @@ class Stage:
             digest = file_sha256(temporary)
             size = temporary.stat().st_size
         shard = Shard(name, size, digest, counts)
-        write_json(self.directory / (name + _DONE), dataclasses.asdict(shard))
+        try:
+            write_json(self.directory / (name + _DONE), dataclasses.asdict(shard))
+        except OSError:
+            (self.directory / name).unlink(missing_ok=True)  # without its side file nobody would know it is finished
+            raise
         self._shards[name] = shard
 
     def finish(self, counts: dict[str, Any]) -> Manifest:
@@ -244,9 +249,7 @@ class Stage:
         shards = tuple(self._shards[name] for name in sorted(self._shards))
         manifest = Manifest(self.name, self._plan["settings"], self._plan["inputs"], counts, shards)
         write_json(self.directory / MANIFEST, dataclasses.asdict(manifest))
-        for shard in shards:
-            (self.directory / (shard.name + _DONE)).unlink(missing_ok=True)
-        (self.directory / PLAN).unlink(missing_ok=True)
+        self._remove_side_files()
         self.manifest = load_manifest(self.directory, self.name)
         return self.manifest
 
@@ -266,14 +269,19 @@ class Stage:
                 f"{self.directory} was made with {path} = {old}, now it is {new}; give another directory or remove it"
             )
 
+    def _remove_side_files(self) -> None:
+        for path in self.directory.rglob(f"*{_DONE}"):
+            path.unlink()
+        (self.directory / PLAN).unlink(missing_ok=True)
+
     def _remove_leftovers(self) -> None:
-        for leftover in self.directory.rglob(f"{_TEMPORARY}*"):
+        for leftover in self.directory.rglob(f"{TEMPORARY}*"):
             leftover.unlink()
 
     def _load_finished_shards(self) -> None:
         self._remove_leftovers()
         for path in sorted(self.directory.rglob(f"*{_DONE}")):
-            shard = Shard(**json.loads(path.read_text()))
+            shard = Shard(**json.loads(path.read_text(encoding="utf-8")))
             file = self.directory / shard.name
             if file.is_file() and file.stat().st_size == shard.size:
                 self._shards[shard.name] = shard

@@ -3,6 +3,7 @@
 import dataclasses
 import glob
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -28,7 +29,8 @@ class Document:
     Attributes:
       id: its name, distinct within a corpus.
       text: what is tokenised; never empty.
-      group: shared by documents that must not retrieve from each other; the id when the input names none.
+      group: shared by documents that must not retrieve from each other; the id when the input names none, and a hash of
+        the text when it names no id either: ids made from file names would be the same in unrelated corpora.
       metadata: those of METADATA_KEYS that the input gives.
       place: "file:line" where it was read, for messages.
     """
@@ -94,9 +96,10 @@ def read_documents(
 ) -> Iterator[Document]:
     """Gives the documents of the files, in order, holding one at a time.
 
-    A JSON line is an object with "text"; "id" (else "<file>:<line>"), "group" (else the id) and the METADATA_KEYS are
-    optional. A .txt file is one document; one larger than `piece_bytes` is given as several, cut at line ends, that
-    share their group. A byte order mark at the start of a file is dropped; nothing else of the text changes.
+    A JSON line is an object with "text"; "id" (else "<file>:<line>"), "group" (else the id, else a hash of the text)
+    and the METADATA_KEYS are optional. A .txt file is one document; one larger than `piece_bytes` is given as several,
+    cut at line ends, that share their group. A byte order mark at the start of a file is dropped; nothing else of the
+    text changes.
 
     Args:
       paths: files with one of the SUFFIXES.
@@ -218,15 +221,20 @@ def _parse_line(line: bytes, name: str, number: int, place: str) -> Document:
         raise _BadLineError("not a JSON object")
     if not isinstance(record.get("text"), str):
         raise _BadLineError('has no "text"' if "text" not in record else '"text" is not a string')
+    own = _name_of(record, "group") or _name_of(record, "id")
     identity = _name_of(record, "id") or f"{name}:{number}"
     metadata = {key: record[key] for key in METADATA_KEYS if isinstance(record.get(key), str)}
-    document = Document(identity, record["text"], _name_of(record, "group") or identity, metadata, place)
+    document = Document(identity, record["text"], own or _content_group(record["text"]), metadata, place)
     for what, value in (("text", document.text), ("id", identity), ("group", document.group), *metadata.items()):
         try:
             value.encode()
         except UnicodeEncodeError:
             raise _BadLineError(f'"{what}" holds a lone surrogate, which is no character') from None
     return document
+
+
+def _content_group(text: str) -> str:
+    return "sha256:" + hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _name_of(record: dict[str, Any], key: str) -> str:
@@ -250,13 +258,15 @@ def _read_text(
 ) -> Iterator[Document]:
     line = 1
     pieces = 0
+    group = ""
     rest = raw.read(piece_bytes).removeprefix(_BOM)
     while rest or pieces == 0:
         ahead = raw.read(piece_bytes)
         cut = _cut(rest) if ahead else len(rest)
         text = _decode_lines(rest[:cut], path, line, skip_bad, counts)
         identity = name if pieces == 0 and not ahead else f"{name}#{pieces}"
-        yield Document(identity, text, name, {}, f"{path}:{line}")
+        group = _content_group(text) if pieces == 0 else group
+        yield Document(identity, text, group, {}, f"{path}:{line}")
         line += rest.count(b"\n", 0, cut)
         pieces += 1
         rest = rest[cut:] + ahead

@@ -45,11 +45,18 @@ class RecordWriter:
         self._file.write(_CRC.pack(masked_crc(payload)))
         self.records += 1
 
+    def flush(self) -> None:
+        """Hands what was written to the operating system."""
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
     def __enter__(self) -> "RecordWriter":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
+        self.close()
 
 
 def read_records(path: str | Path) -> Iterator[bytes]:

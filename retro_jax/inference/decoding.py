@@ -1,6 +1,7 @@
 """How the next token is chosen from the logits."""
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -24,8 +25,8 @@ class Decoding:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise UserError(f"temperature {self.temperature} must not be negative; 0 is greedy")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise UserError(f"temperature {self.temperature} must be finite and not negative; 0 is greedy")
         if self.top_k < 0:
             raise UserError(f"top_k {self.top_k} must not be negative; 0 keeps all tokens")
         if not 0 < self.top_p <= 1:

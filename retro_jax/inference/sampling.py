@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from retro_jax.config import RetroConfig
-from retro_jax.data.tokenizer import BOS_ID, EOS_ID, PAD_ID
+from retro_jax.data.tokenizer import BOS_ID, EOS_ID, PAD_ID, UNK_ID
 from retro_jax.errors import UserError
 from retro_jax.inference.decoding import Decoding, choose
 from retro_jax.training.state import ModelPlan
@@ -65,6 +65,7 @@ class Sampler:
         plan: ModelPlan,
         params: nnx.State,
         *,
+        vocab_size: int,
         retriever: Retriever | None,
         neighbours: int = 2,
         max_context: int = 2048,
@@ -73,6 +74,7 @@ class Sampler:
 
         Args:
           config, plan, params: the model.
+          vocab_size: tokens of the tokenizer; rows of a larger embedding table are never drawn.
           retriever: source of neighbours; None samples RETRO[OFF] or a baseline.
           neighbours: K, for each chunk.
           max_context: tokens the model sees at most; older chunks are forgotten, whole chunks at a time.
@@ -85,6 +87,7 @@ class Sampler:
             )
         self._config = config
         self._params = params
+        self._vocab_size = vocab_size
         self._retriever = retriever
         self._k = neighbours
         self._max_context = max_context
@@ -117,7 +120,8 @@ class Sampler:
             found += [chunk.tokens for chunk in retrieved]
             dropped = max(0, -(-(len(tokens) - self._max_context) // M))
             logits = self._next_logits(tokens[dropped * M :], found[dropped:])
-            logits[[PAD_ID, BOS_ID]] = -np.inf  # never a target in training
+            logits[[PAD_ID, BOS_ID, UNK_ID]] = -np.inf  # never a target in training
+            logits[self._vocab_size :] = -np.inf
             token = choose(logits, decoding, len(tokens))
             if token == EOS_ID and stop_at_end:
                 return

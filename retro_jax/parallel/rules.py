@@ -1,7 +1,6 @@
 """Which mesh axis splits which logical axis of a parameter, and the shardings that follow."""
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -74,16 +73,3 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, P())
-
-
-def table(entries: Iterable[tuple[str, Any, NamedSharding]]) -> str:
-    """One line a parameter: name, shape, partition, bytes on each device.
-
-    Args:
-      entries: (name, leaf with shape and dtype, its sharding).
-    """
-    lines = []
-    for name, leaf, sharding in entries:
-        local = math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        lines.append(f"{name:<48} {leaf.shape!s:<24} {sharding.spec!s:<44} {local:>14,} B")
-    return "\n".join(lines)

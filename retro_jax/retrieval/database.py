@@ -13,6 +13,9 @@ from retro_jax.errors import UserError
 from retro_jax.retrieval.embedder import Embedder
 from retro_jax.retrieval.index import Index
 
+# Hits held at once while neighbours of other documents are looked for: about 200 MB.
+_MAX_HITS = 8_000_000
+
 
 @dataclasses.dataclass(frozen=True)
 class Neighbours:
@@ -145,6 +148,14 @@ def search_excluding(
     dropped = 0
     fetch = min(2 * k + 8, index.size)
     while len(pending):
+        if len(pending) * fetch > _MAX_HITS and len(pending) > 1:
+            # Rows that still lack neighbours want much of the index: fewer at a time keep memory bounded.
+            for part in np.array_split(pending, 2):
+                ids[part], distances[part], some = search_excluding(
+                    index, document_keys, vectors[part], k, excluded[part]
+                )
+                dropped += some
+            return ids, distances, dropped
         hits, squares = index.search(vectors[pending], max(fetch, k))
         real = hits >= 0
         same = (document_keys(hits)[:, :, None] == excluded[pending][:, None, :]).any(2) & real

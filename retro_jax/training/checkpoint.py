@@ -4,6 +4,7 @@ A checkpoint of step s lies in `<directory>/<s>/` with the items `params` and `o
 arrays) and, in its metadata, the state of the data: a few hundred bytes of JSON.
 """
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from retro_jax.config import CheckpointConfig
 from retro_jax.errors import UserError
 from retro_jax.training.state import TrainState, from_nested_dict, to_nested_dict
 
-_POLICIES = ocp.training.save_decision_policies
 _KEEP = ocp.training.preservation_policies
 
 
@@ -25,7 +25,6 @@ class Checkpoints:
     def __init__(self, directory: str | os.PathLike, config: CheckpointConfig) -> None:
         self._checkpointer = ocp.training.Checkpointer(
             Path(directory).absolute(),
-            save_decision_policy=_POLICIES.FixedIntervalPolicy(config.every_steps),
             preservation_policy=_KEEP.LatestN(config.keep_last),
             cleanup_tmp_directories=True,
         )
@@ -58,18 +57,24 @@ class Checkpoints:
         items = _load(self._checkpointer, step, wanted)
         rest = from_nested_dict({"step": abstract.step, "state": abstract.opt_state}, items["optimizer"])
         params = from_nested_dict(abstract.params, items["params"])
-        data = self._checkpointer.checkpointables_metadata(step).custom_metadata
-        return TrainState(rest["step"], params, rest["state"]), dict(data)
+        return TrainState(rest["step"], params, rest["state"]), items["data"]
 
     def wait(self) -> None:
         """Returns when the save in progress, if any, is on disk."""
         with _named_failure(self._checkpointer.directory):
             self._checkpointer.wait()
 
-    def close(self) -> None:
-        """Waits and releases the threads."""
-        with _named_failure(self._checkpointer.directory):
-            self._checkpointer.close()
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        """Waits for the save in progress. Its failure is raised, unless something else already is."""
+        if kind is None:
+            with _named_failure(self._checkpointer.directory):
+                self._checkpointer.close()
+        else:
+            with contextlib.suppress(Exception):
+                self._checkpointer.close()
 
 
 def load_params(directory: str | os.PathLike, abstract: nnx.State, step: int | None = None) -> tuple[nnx.State, int]:
@@ -102,7 +107,9 @@ def load_params(directory: str | os.PathLike, abstract: nnx.State, step: int | N
 
 def _load(checkpointer: ocp.training.Checkpointer, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
     try:
-        return checkpointer.load_checkpointables(step, wanted)
+        items = dict(checkpointer.load_checkpointables(step, wanted))
+        items["data"] = dict(checkpointer.checkpointables_metadata(step).custom_metadata)
+        return items
     except (ValueError, KeyError, OSError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(

@@ -1,5 +1,6 @@
 """The run, from top to bottom: workdir, devices, data, model, state, steps."""
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -75,34 +76,33 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> TrainResult:
 
     # 4. Workdir and state: the newest checkpoint, or fresh
     workdir = open_workdir(workdir, config, sources[0].tokenizer_path)
-    checkpoints = Checkpoints(workdir / CHECKPOINTS, config.checkpoint)
-    first = checkpoints.latest_step or 0
-    if first:
-        state, data = checkpoints.restore(abstract, first)
-        batches.check_state(data)
-    else:
-        state = initialise(config.model, plan, optimizer, mesh, config.seed)
-    writer = MetricsWriter(workdir, resumed_step=first)
-    print(
-        f"{size:,} parameters, mesh {dict(mesh.shape)}, {sum(map(len, sources)):,} sequences of "
-        f"{sources[0].schema.length} tokens, {'from step ' + str(first) if first else 'fresh'} to {config.steps}",
-        flush=True,
-    )
+    with contextlib.ExitStack() as resources:
+        checkpoints = resources.enter_context(Checkpoints(workdir / CHECKPOINTS, config.checkpoint))
+        first = checkpoints.latest_step or 0
+        if first:
+            state, data = checkpoints.restore(abstract, first)
+            batches.check_state(data)
+        else:
+            state = initialise(config.model, plan, optimizer, mesh, config.seed)
+        print(
+            f"{size:,} parameters, mesh {dict(mesh.shape)}, {sum(map(len, sources)):,} sequences of "
+            f"{sources[0].schema.length} tokens, {'from step ' + str(first) if first else 'fresh'} to {config.steps}",
+            flush=True,
+        )
 
-    # 5. Steps. The host looks at the metrics of step n after step n + 1 is dispatched, so the device never waits.
-    step_fn = make_train_step(config, plan, optimizer, mesh, unscored=(PAD_ID, BOS_ID))
-    log = _Log(config, writer, schedule, checkpoints, last_loss=float("nan"))
-    step = first
-    with (
-        batches.iterate(first * config.batch_size) as stream,
-        _TerminationFlag() as termination,
-        Progress("training", total=config.steps, unit="steps", initial=first) as progress,
-    ):
+        # 5. Steps. The host looks at the metrics of step n after step n + 1 is dispatched: the device never waits.
+        step_fn = make_train_step(config, plan, optimizer, mesh, unscored=(PAD_ID, BOS_ID))
+        writer = resources.enter_context(MetricsWriter(workdir, resumed_step=first))
+        log = _Log(config, writer, schedule, checkpoints, batches)
+        stream = resources.enter_context(batches.iterate(first * config.batch_size))
+        termination = resources.enter_context(_TerminationFlag())
+        progress = resources.enter_context(Progress("training", total=config.steps, unit="steps", initial=first))
+        step = first
         for step in range(first + 1, config.steps + 1):
             batch = next(stream)
             state, metrics = step_fn(state, _to_devices(batch, config, mesh))
             log.resolve()
-            log.push(step, metrics, batch, stream.wait_seconds)
+            log.push(step, metrics, stream.wait_seconds)
             progress.note(f"loss {log.last_loss:.4f}, {log.tokens_per_second:,.0f} tokens/s")
             progress.update(1)
             if termination.raised or step % config.checkpoint.every_steps == 0 or step == config.steps:
@@ -110,10 +110,6 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> TrainResult:
                 checkpoints.save(step, state, batches.state(step * config.batch_size))
             if termination.raised:
                 break
-
-    # 6. End
-    checkpoints.close()
-    writer.close()
     return TrainResult(step, log.last_loss, terminated=step < config.steps)
 
 
@@ -121,33 +117,34 @@ class _Log:
     """Metrics of the step in flight, written once the next one is dispatched."""
 
     def __init__(
-        self, config: TrainConfig, writer: MetricsWriter, schedule: Any, checkpoints: Checkpoints, last_loss: float
+        self, config: TrainConfig, writer: MetricsWriter, schedule: Any, checkpoints: Checkpoints, batches: Batches
     ) -> None:
         self._config = config
         self._writer = writer
         self._schedule = schedule
         self._checkpoints = checkpoints
-        self._pending: tuple[int, dict[str, jax.Array], dict[str, np.ndarray], float] | None = None
+        self._batches = batches
+        self._pending: tuple[int, dict[str, jax.Array], float] | None = None
         self._last_time = time.monotonic()
         self._last_wait = 0.0
         self._steps_since = 0
         self._tokens_since = 0.0
-        self.last_loss = last_loss
+        self.last_loss = float("nan")
         self.tokens_per_second = 0.0
 
-    def push(self, step: int, metrics: dict[str, jax.Array], batch: dict[str, np.ndarray], waited: float) -> None:
-        self._pending = (step, metrics, batch, waited)
+    def push(self, step: int, metrics: dict[str, jax.Array], waited: float) -> None:
+        self._pending = (step, metrics, waited)
 
     def resolve(self) -> None:
         """Fetches the pending metrics, stops on a loss that is not finite, writes every `log_every` steps."""
         if self._pending is None:
             return
-        step, metrics, batch, waited = self._pending
+        step, metrics, waited = self._pending
         self._pending = None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self.last_loss = values["loss"]
         if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
-            self._stop(step, values, batch)
+            self._stop(step, values)
         self._steps_since += 1
         self._tokens_since += values["tokens"]
         now = time.monotonic()
@@ -167,15 +164,15 @@ class _Log:
         )
         self._last_time, self._last_wait, self._steps_since, self._tokens_since = now, waited, 0, 0.0
 
-    def _stop(self, step: int, values: dict[str, float], batch: dict[str, np.ndarray]) -> None:
+    def _stop(self, step: int, values: dict[str, float]) -> None:
         self._checkpoints.wait()
-        self._writer.close()
         good = self._checkpoints.latest_step
         first = (step - 1) * self._config.batch_size
-        chunks = ", ".join(str(chunk) for chunk in batch["chunks"][:, 0])
+        origins = [self._batches.origin(first + row) for row in range(self._config.batch_size)]
+        records = ", ".join(f"{self._config.data.sequences[origin.source]}:{origin.index}" for origin in origins)
         raise UserError(
             f"step {step}: loss {values['loss']}, gradient norm {values['gradient_norm']}; the batch was examples "
-            f"{first} to {first + self._config.batch_size - 1}, whose first corpus chunks are {chunks}; "
+            f"{first} to {first + self._config.batch_size - 1}: records {records}; "
             f"last good checkpoint: {'none' if good is None else f'step {good}'}; "
             f"lower optimizer.peak_learning_rate or look at this batch"
         )

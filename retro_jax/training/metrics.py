@@ -2,17 +2,23 @@
 
 import json
 import os
+import socket
+import time
 from pathlib import Path
 
-from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 from retro_jax.data.stage import atomic_write
+from retro_jax.data.tfrecord import RecordWriter
 
 FILE = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """Appends one JSON object a line, and the same values to TensorBoard.
+    """Appends one JSON object a line, and the same values as TensorBoard events.
+
+    Both are written at once, without a thread between: a full disk is an error here and now.
 
     Opened with the step a run resumes from, it drops the lines behind that step (the run had gone on after its last
     checkpoint, and writes them again) and a last line cut by a kill.
@@ -23,19 +29,35 @@ class MetricsWriter:
         path = workdir / FILE
         kept = [json.dumps(line) for line in read_metrics(workdir) if line["step"] <= resumed_step]
         with atomic_write(path) as temporary:
-            temporary.write_text("".join(line + "\n" for line in kept))
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115 (closed by close)
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resumed_step + 1, flush_secs=30)
+            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (closed by close)
+        events = workdir / "tensorboard" / f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"
+        events.parent.mkdir(exist_ok=True)
+        self._events = RecordWriter(events)
+        self._add_event(Event(file_version="brain.Event:2"))
+        # Tells TensorBoard to forget what an earlier file holds behind this step.
+        self._add_event(Event(step=resumed_step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Writes one line; `step` counts finished optimizer steps."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._add_event(Event(step=step, summary=Summary(value=scalars)))
 
     def close(self) -> None:
         self._file.close()
-        self._board.close()
+        self._events.close()
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _add_event(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._events.write(event.SerializeToString())
+        self._events.flush()
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, float]]:
@@ -44,7 +66,7 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, float]]:
     if not path.is_file():
         return []
     lines = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             lines.append(json.loads(line))
         except ValueError:  # cut by a kill

@@ -5,15 +5,16 @@ import os
 from pathlib import Path
 
 from retro_jax.config import TrainConfig, from_dict, to_dict
-from retro_jax.data.stage import atomic_write, write_json
+from retro_jax.data.stage import TEMPORARY, atomic_write, file_sha256, write_json
 from retro_jax.errors import UserError
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer.model"
 
-# Settings that change no number of the run, so that a resumed run may have others.
-CHANGEABLE = ("mesh.", "checkpoint.", "log_every")
+# Settings that change no number of the run, so that a resumed run may have others. Sequences may have moved: their
+# fingerprints stand in every checkpoint.
+CHANGEABLE = ("mesh.", "checkpoint.", "log_every", "data.sequences")
 
 
 def open_workdir(workdir: str | os.PathLike, config: TrainConfig, tokenizer: Path) -> Path:
@@ -43,10 +44,13 @@ def open_workdir(workdir: str | os.PathLike, config: TrainConfig, tokenizer: Pat
             raise UserError(
                 f"{workdir} belongs to a run with {', '.join(different)}; give another --workdir or the same settings"
             )
-    elif any(workdir.iterdir()):
+    elif any(path.name != TOKENIZER and not path.name.startswith(TEMPORARY) for path in workdir.iterdir()):
         raise UserError(f"{workdir} is not empty and holds no run; give another --workdir")
-    with atomic_write(workdir / TOKENIZER) as temporary:
-        temporary.write_bytes(tokenizer.read_bytes())
+    if not (workdir / TOKENIZER).is_file():
+        with atomic_write(workdir / TOKENIZER) as temporary:
+            temporary.write_bytes(tokenizer.read_bytes())
+    elif file_sha256(workdir / TOKENIZER) != file_sha256(tokenizer):
+        raise UserError(f"{workdir} was begun with another tokenizer than {tokenizer}; give another --workdir")
     write_json(workdir / CONFIG, to_dict(config))
     return workdir
 
@@ -63,7 +67,7 @@ def load_config(workdir: str | os.PathLike) -> TrainConfig:
             f"{workdir}: no {CONFIG}, so no run is here; --workdir names the directory given to launch/train.py"
         )
     try:
-        return from_dict(TrainConfig, json.loads(path.read_text()))
+        return from_dict(TrainConfig, json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); the run cannot be identified") from None
 

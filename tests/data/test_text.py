@@ -1,4 +1,5 @@
 import gzip
+import hashlib
 import json
 
 import pytest
@@ -41,7 +42,7 @@ def test_id_and_group_have_defaults(tmp_path):
     records = [{"text": "a"}, {"text": "b", "id": "x"}, {"text": "c", "id": 7, "group": "g"}]
     documents, _ = read(write_jsonl(tmp_path / "f.jsonl", records))
     assert [(document.id, document.group) for document in documents] == [
-        ("f.jsonl:1", "f.jsonl:1"),
+        ("f.jsonl:1", "sha256:" + hashlib.sha256(b"a").hexdigest()),
         ("x", "x"),
         ("7", "g"),
     ]
@@ -126,8 +127,8 @@ def test_pieces_of_a_text_file_join_to_it_and_end_at_line_ends(tmp_path_factory,
     documents, counts = read(path, piece_bytes=piece)
     if counts.empty_documents == 0:
         assert "".join(document.text for document in documents) == text
+    assert len({document.group for document in documents}) <= 1
     for document in documents:
-        assert document.group == "pieces.txt"
         assert len(document.text.encode()) <= 2 * piece
     assert len({document.id for document in documents}) == len(documents)
     longest = max((len(line) for line in data.split(b"\n")), default=0)
@@ -138,7 +139,11 @@ def test_pieces_of_a_text_file_join_to_it_and_end_at_line_ends(tmp_path_factory,
 def test_small_text_file_is_one_document_named_after_it(tmp_path):
     (tmp_path / "note.txt").write_bytes("\ufeffline\r\nline\n".encode())
     (document,), _ = read(tmp_path / "note.txt")
-    assert (document.id, document.text, document.group) == ("note.txt", "line\r\nline\n", "note.txt")
+    assert (document.id, document.text, document.group) == (
+        "note.txt",
+        "line\r\nline\n",
+        "sha256:" + hashlib.sha256(b"line\r\nline\n").hexdigest(),
+    )
 
 
 def test_bad_line_of_a_text_file_is_named_or_left_out(tmp_path):

@@ -154,7 +154,7 @@ def test_documents_of_every_awkward_length_are_scored_whole(small_data, one, tmp
     assert found.bytes == corpus.num_bytes and found.tokens == corpus.num_tokens - 4
 
 
-def test_a_baseline_is_a_retro_off(corpus, one):
+def test_a_baseline_is_scored_without_neighbours(corpus, one):
     config = RetroConfig(**{**vars(MODEL), "cca_layers": ()})
     assert score(corpus, one, model_on(one, config)).bytes == corpus.num_bytes
 

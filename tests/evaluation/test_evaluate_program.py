@@ -34,7 +34,7 @@ def test_the_table_has_baseline_off_on_and_shuffled(small_data, finished_run, fi
         assert sum(group["nats"] for group in result["groups"].values()) == pytest.approx(result["nats"])
         assert (result["window"], result["stride"]) == (32, 16)
     assert "+0.0 %" in stdout
-    assert read_metrics(finished_run)[-1]["step"] == results[1]["step"] == 12
+    assert read_metrics(finished_run)[-1]["step"] == results[1]["step"] == 40
 
 
 def test_mistakes_are_named_in_one_line(small_data, finished_run, tmp_path):
@@ -49,4 +49,4 @@ def test_mistakes_are_named_in_one_line(small_data, finished_run, tmp_path):
     assert "must be multiples of the chunk length 8" in mistake(
         f"--workdir={finished_run}", corpus, "--modes=off", "--window=30"
     )
-    assert "no checkpoint of step 3; there are 8, 12" in mistake(f"--workdir={finished_run}", corpus, "--step=3")
+    assert "no checkpoint of step 3; there are 30, 40" in mistake(f"--workdir={finished_run}", corpus, "--step=3")

@@ -9,7 +9,7 @@ from flax import nnx
 from small_run import MODEL, K, M
 
 from retro_jax.config import MeshConfig, RetroConfig
-from retro_jax.data.tokenizer import BOS_ID
+from retro_jax.data.tokenizer import BOS_ID, UNK_ID
 from retro_jax.errors import UserError
 from retro_jax.inference.decoding import Decoding
 from retro_jax.inference.sampling import Sampler
@@ -54,7 +54,7 @@ def model():
 def sampled(model):
     """(retriever, {prompt length: (prompt, result)}) of greedy samples across two chunk boundaries."""
     retriever = Recorder()
-    sampler = Sampler(MODEL, *model, retriever=retriever, neighbours=K, max_context=8 * M)
+    sampler = Sampler(MODEL, *model, vocab_size=MODEL.vocab_size, retriever=retriever, neighbours=K, max_context=8 * M)
     results = {}
     for length in (1, M - 2, M - 1, M, 2 * M - 1):
         prompt = np.random.default_rng(length).integers(4, MODEL.vocab_size, length).tolist()
@@ -75,7 +75,7 @@ def test_every_token_is_the_one_of_the_full_forward_pass(model, sampled):
         chunks = len(tokens) // M
         near = np.stack([Recorder.neighbours(np.asarray(tokens[c * M : (c + 1) * M]), K) for c in range(chunks)])
         logits = np.array(forward(params, np.asarray([tokens], np.int32), near[None].astype(np.int32))[0], np.float64)
-        logits[:, [0, BOS_ID]] = -np.inf
+        logits[:, [0, BOS_ID, UNK_ID]] = -np.inf
         for i, entry in enumerate(result):
             row = logits[len(prompt) + i]
             assert entry.token == row.argmax()
@@ -96,30 +96,31 @@ def test_each_complete_chunk_is_retrieved_once_and_in_order(sampled):
 
 def test_without_a_retriever_the_model_is_off(model):
     plan, params = model
-    sampler = Sampler(MODEL, plan, params, retriever=None)
+    sampler = Sampler(MODEL, plan, params, vocab_size=100, retriever=None)
     prompt = list(range(4, 4 + 2 * M))
     (entry,) = sampler.generate(prompt, max_new_tokens=1, decoding=Decoding(temperature=0), stop_at_end=False)
     logits = np.array(plan.merge(params)(np.asarray([[BOS_ID, *prompt]], np.int32))[0, -1])
-    logits[[0, BOS_ID]] = -np.inf
+    logits[[0, BOS_ID, UNK_ID]] = -np.inf
+    logits[100:] = -np.inf  # rows beyond the tokenizer's vocabulary are never drawn
     assert entry.token == logits.argmax() and entry.retrieved == ()
 
 
 def test_a_long_sequence_forgets_whole_chunks(model):
     retriever = Recorder()
-    sampler = Sampler(MODEL, *model, retriever=retriever, neighbours=K, max_context=2 * M)
+    sampler = Sampler(MODEL, *model, vocab_size=MODEL.vocab_size, retriever=retriever, neighbours=K, max_context=2 * M)
     prompt = list(range(4, 4 + 4 * M))
     (entry,) = sampler.generate(prompt, max_new_tokens=1, decoding=Decoding(temperature=0), stop_at_end=False)
     tokens = np.asarray([[BOS_ID, *prompt]], np.int32)[:, 3 * M :]
     plan, params = model
     near = Recorder.neighbours(tokens[0, :M], K)[None, None].astype(np.int32)
     logits = np.array(plan.merge(params)(tokens, near)[0, -1])
-    logits[[0, BOS_ID]] = -np.inf
+    logits[[0, BOS_ID, UNK_ID]] = -np.inf
     assert entry.token == logits.argmax()
 
 
 def test_a_baseline_refuses_a_database(model):
     config = RetroConfig(**{**vars(MODEL), "cca_layers": ()})
     with pytest.raises(UserError, match="sample it without a database"):
-        Sampler(config, *model, retriever=Recorder())
+        Sampler(config, *model, vocab_size=MODEL.vocab_size, retriever=Recorder())
     with pytest.raises(UserError, match="max_context 12 must be a multiple of the chunk length 8"):
-        Sampler(MODEL, *model, retriever=None, max_context=12)
+        Sampler(MODEL, *model, vocab_size=MODEL.vocab_size, retriever=None, max_context=12)

@@ -1,13 +1,12 @@
 """Meshes multiply to the devices; every logical axis has one rule."""
 
-import jax
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from retro_jax.config import MeshConfig
 from retro_jax.errors import UserError
 from retro_jax.parallel.mesh import create_mesh
-from retro_jax.parallel.rules import partition_spec, shardings, table
+from retro_jax.parallel.rules import partition_spec
 
 
 def test_one_size_may_take_the_devices_that_are_left():
@@ -41,11 +40,3 @@ def test_an_axis_without_a_rule_is_a_defect_not_a_default():
         partition_spec(("embedd",), (8,), mesh)
     with pytest.raises(ValueError, match="1 axis names"):
         partition_spec(("embed",), (8, 8), mesh)
-
-
-def test_table_shows_what_each_device_holds():
-    mesh = create_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
-    leaf = jax.ShapeDtypeStruct((16, 8), "float32")
-    sharding = shardings({"w": ("vocab", "embed")}, {"w": leaf}, mesh)["w"]
-    line = table([("w", leaf, sharding)])
-    assert line.split()[0] == "w" and line.endswith("64 B")

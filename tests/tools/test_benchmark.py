@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from small_run import error_line, run_program
 
 
@@ -17,10 +18,10 @@ def test_each_benchmark_prints_one_json_line_with_its_figures(small_data):
     assert status == 0, stderr
     train, data = [json.loads(line) for line in stdout.splitlines()]
     assert train["benchmark"] == "train" and data["benchmark"] == "data"
-    assert train["target_tokens_per_second"] * train["step_seconds_median"] == 128
-    assert train["processed_tokens_per_second"] == 5 * train["target_tokens_per_second"]
+    assert train["target_tokens_per_second"] * train["step_seconds_median"] == pytest.approx(128)
+    assert train["processed_tokens_per_second"] == pytest.approx(5 * train["target_tokens_per_second"])
     assert train["step_time_ratio_to_baseline"] > 0 and train["jax"]
-    assert data["sequences_per_second"] * data["length"] == data["target_tokens_per_second"]
+    assert data["sequences_per_second"] * data["length"] == pytest.approx(data["target_tokens_per_second"])
 
 
 def test_mistakes_are_named_in_one_line():
