@@ -1,10 +1,21 @@
 """retro_jax: the retrieval-enhanced transformer RETRO in JAX and Flax.
 
-`Retro` and `RetroConfig` are the entrance to the model; importing them needs neither TensorFlow nor ScaNN.
+`Retro` and `RetroConfig` are the entrance to the model; importing them needs neither TensorFlow nor ScaNN. They are
+loaded when they are first asked for, so that a tool which needs no JAX starts without it.
 """
 
-from retro_jax.config import RetroConfig
-from retro_jax.errors import UserError
-from retro_jax.model.retro import Retro
+import importlib
+
+_HOMES = {"Retro": "retro_jax.model.retro", "RetroConfig": "retro_jax.config", "UserError": "retro_jax.errors"}
 
 __all__ = ["Retro", "RetroConfig", "UserError"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'retro_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -120,13 +120,14 @@ def program(name: str, *flags: str, devices: int = 1, **environment: str) -> sub
         text=True,
         env=variables,
         cwd=ROOT,
+        start_new_session=True,
     )
 
 
-def run_program(name: str, *flags: str, **options: object) -> tuple[int, str, str]:
+def run_program(name: str, *flags: str, timeout: float = 300, **options: object) -> tuple[int, str, str]:
     """Runs it to its end: (exit status, stdout, stderr)."""
     process = program(name, *flags, **options)
-    stdout, stderr = process.communicate(timeout=300)
+    stdout, stderr = process.communicate(timeout=timeout)
     return process.returncode, stdout, stderr
 
 

@@ -1,7 +1,9 @@
+import errno
 import json
 
 import pytest
 
+from retro_jax.data import stage as stage_module
 from retro_jax.data.stage import (
     Stage,
     atomic_write,
@@ -172,3 +174,25 @@ def test_fingerprint_changes_with_anything_in_the_manifest(tmp_path):
     one = run_stage(tmp_path / "one")
     assert one.fingerprint == run_stage(tmp_path / "two").fingerprint
     assert one.fingerprint != run_stage(tmp_path / "three", inputs={"corpus": "xyz"}).fingerprint
+
+
+def test_a_shard_whose_side_file_cannot_be_written_is_made_again(tmp_path, monkeypatch):
+    def full_disk(path, value):
+        if str(path).endswith(".done.json"):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write_json(path, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage_module, "write_json", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            run_stage(tmp_path / "stage")
+    assert run_stage(tmp_path / "stage").counts == {"rows": 6}
+
+
+def test_side_files_left_by_a_kill_behind_the_manifest_are_removed(tmp_path):
+    run_stage(tmp_path / "stage")
+    before = files(tmp_path / "stage")
+    for name in ("plan.json", f"{NAMES[0]}.done.json"):
+        (tmp_path / "stage" / name).write_text("{}")
+    run_stage(tmp_path / "stage")
+    assert files(tmp_path / "stage") == before

@@ -5,6 +5,8 @@ import json
 import pytest
 from small_run import error_line, run_program
 
+from retro_jax.data.corpus import build_corpus
+from retro_jax.data.tokenizer import train_tokenizer
 from retro_jax.training.metrics import read_metrics
 
 
@@ -49,4 +51,16 @@ def test_mistakes_are_named_in_one_line(small_data, finished_run, tmp_path):
     assert "must be multiples of the chunk length 8" in mistake(
         f"--workdir={finished_run}", corpus, "--modes=off", "--window=30"
     )
+    assert "--group_by: 'sourc' is none of" in mistake(f"--workdir={finished_run}", corpus, "--group_by=sourc")
+    assert "must not be empty" in mistake(f"--workdir={finished_run}", corpus, "--modes=")
     assert "no checkpoint of step 3; there are 30, 40" in mistake(f"--workdir={finished_run}", corpus, "--step=3")
+
+
+def test_a_corpus_of_another_tokenizer_is_refused(small_data, finished_run, tmp_path):
+    tokenizer = train_tokenizer(["some other text, 0123456789 " * 50], tmp_path / "other.model", vocab_size=300)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "some text " * 20}))
+    build_corpus([tmp_path / "a.jsonl"], tokenizer, tmp_path / "corpus", chunk_length=8)
+    line = error_line(
+        "launch/evaluate.py", f"--workdir={finished_run}", f"--corpus={tmp_path / 'corpus'}", "--modes=off"
+    )
+    assert f"was made with tokenizer {tokenizer.fingerprint}" in line and "build it again" in line

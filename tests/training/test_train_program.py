@@ -37,6 +37,20 @@ def test_a_finished_run_started_again_changes_nothing(finished_run, small_data):
     assert (finished_run / "metrics.jsonl").read_text() == before
 
 
+def test_a_killed_run_on_eight_devices_goes_on_bit_for_bit(small_data, tmp_path):
+    more = ["--config.mesh.data=2", "--config.mesh.tensor=2"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    status, _, stderr = run_program("launch/train.py", *flags(small_data.recipe, whole, *more), devices=8)
+    assert status == 0, stderr
+    process = program("launch/train.py", *flags(small_data.recipe, killed, *more), devices=8)
+    wait_for_step(process, killed, 15)
+    process.kill()
+    process.communicate()
+    status, stdout, stderr = run_program("launch/train.py", *flags(small_data.recipe, killed, *more), devices=8)
+    assert status == 0, stderr
+    assert "from step 10" in stdout and losses(killed) == losses(whole)
+
+
 @pytest.mark.parametrize("kill_after_step", [1, 15, 25])
 def test_a_killed_run_goes_on_bit_for_bit(finished_run, small_data, tmp_path, kill_after_step):
     workdir = tmp_path / "killed"

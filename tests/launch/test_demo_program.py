@@ -1,0 +1,35 @@
+"""launch/demo.py from text to report, interrupted and run again."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+from small_run import program, run_program
+from tiny_bert import write_tiny_bert
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_demo_goes_from_text_to_a_report_and_on_after_a_kill(tmp_path):
+    bert = write_tiny_bert(tmp_path / "bert")
+    work = tmp_path / "demo"
+    flags = [f"--workdir={work}", f"--embedder={bert}", "--steps=60"]
+    process = program("launch/demo.py", *flags)
+    deadline = time.monotonic() + 600
+    while not (work / "baseline" / "metrics.jsonl").is_file():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)  # the step it runs, too
+    process.communicate()
+    status, stdout, stderr = run_program("launch/demo.py", *flags, timeout=800)
+    assert status == 0, stderr
+    assert stdout.count("shuffled") == 2 and f"The report: {work / 'report.html'}" in stdout
+    page = (work / "report.html").read_text()
+    for mode in ("revised", "new"):
+        for result in json.loads((work / f"bpb_{mode}.json").read_text())["results"]:
+            assert f"{result['bits_per_byte']:.4f}" in page and f"{result['bits_per_byte']:.4f}" in stdout
+    stages = [record["stage"] for record in json.loads((work / "stages.json").read_text())]
+    assert stages[0] == "documents" and stages[-1] == "sample without retrieval" and len(stages) == 21
+    assert json.loads((work / "sample_on.json").read_text())["neighbours"]

@@ -1,0 +1,62 @@
+"""A workdir belongs to one run, whatever moment its first start was killed at."""
+
+import dataclasses
+
+import pytest
+
+from retro_jax.config import CheckpointConfig, DataConfig, RetroConfig, TrainConfig
+from retro_jax.errors import UserError
+from retro_jax.training.workdir import CONFIG, TOKENIZER, load_config, open_workdir
+
+MODEL = RetroConfig(vocab_size=64, width=8, num_layers=1, num_heads=1, head_size=8, ffw_width=8)
+RUN = TrainConfig(model=MODEL, data=DataConfig(sequences=("a",)))
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    path = tmp_path / "tokenizer-of-the-data.model"
+    path.write_bytes(b"model")
+    return path
+
+
+def test_the_configuration_is_kept_and_found_again(tmp_path, tokenizer):
+    open_workdir(tmp_path / "run", RUN, tokenizer)
+    assert load_config(tmp_path / "run") == RUN
+    assert (tmp_path / "run" / TOKENIZER).read_bytes() == b"model"
+
+
+@pytest.mark.parametrize("left", [[], [TOKENIZER], [TOKENIZER, f".tmp-77-{CONFIG}"], [f".tmp-77-{TOKENIZER}"]])
+def test_what_a_killed_start_left_does_not_matter(tmp_path, tokenizer, left):
+    (tmp_path / "run").mkdir()
+    for name in left:
+        (tmp_path / "run" / name).write_bytes(b"model")
+    open_workdir(tmp_path / "run", RUN, tokenizer)
+    assert load_config(tmp_path / "run") == RUN
+
+
+def test_settings_that_change_no_number_may_change(tmp_path, tokenizer):
+    open_workdir(tmp_path / "run", RUN, tokenizer)
+    changed = dataclasses.replace(RUN, log_every=3, checkpoint=CheckpointConfig(5), data=DataConfig(sequences=("b",)))
+    open_workdir(tmp_path / "run", changed, tokenizer)
+    assert load_config(tmp_path / "run") == changed
+
+
+def test_every_other_setting_is_refused_by_name_and_nothing_is_overwritten(tmp_path, tokenizer):
+    open_workdir(tmp_path / "run", RUN, tokenizer)
+    other = dataclasses.replace(RUN, steps=7, model=dataclasses.replace(MODEL, width=16))
+    with pytest.raises(UserError, match=r"run with model.width = 8 \(now 16\), steps = 1000 \(now 7\)"):
+        open_workdir(tmp_path / "run", other, tokenizer)
+    tokenizer.write_bytes(b"another")
+    with pytest.raises(UserError, match="was begun with another tokenizer"):
+        open_workdir(tmp_path / "run", RUN, tokenizer)
+    assert (tmp_path / "run" / TOKENIZER).read_bytes() == b"model"
+    assert load_config(tmp_path / "run") == RUN
+
+
+def test_a_directory_with_other_files_is_refused(tmp_path, tokenizer):
+    with pytest.raises(UserError, match="is not empty and holds no run"):
+        open_workdir(tmp_path, RUN, tokenizer)
+    with pytest.raises(UserError, match="is a file"):
+        open_workdir(tokenizer, RUN, tokenizer)
+    with pytest.raises(UserError, match="no run is here"):
+        load_config(tmp_path)
