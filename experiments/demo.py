@@ -18,8 +18,8 @@ def get_config(preset: str = "demo") -> ml_collections.ConfigDict:
             model=RetroConfig.preset(preset),
             data=DataConfig(sequences=("demo/sequences",), neighbours=1),
             optimizer=OptimizerConfig(peak_learning_rate=1.2e-2, warmup_steps=50),
-            checkpoint=CheckpointConfig(every_steps=160),
-            steps=480,
+            checkpoint=CheckpointConfig(every_steps=100),
+            steps=400,
             batch_size=8,
             log_every=5,
         )
