@@ -13,7 +13,7 @@ from tiny_bert import write_tiny_bert
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_demo_goes_from_text_to_a_report_and_on_after_a_kill(tmp_path):
-    bert = write_tiny_bert(tmp_path / "bert")
+    bert = write_tiny_bert(tmp_path / "bert", max_position_embeddings=256)
     work = tmp_path / "demo"
     flags = [f"--workdir={work}", f"--embedder={bert}", "--steps=60"]
     process = program("launch/demo.py", *flags)
