@@ -57,7 +57,7 @@ def test_mistakes_are_named_in_one_line(small_data, finished_run, tmp_path):
 
 
 def test_a_corpus_of_another_tokenizer_is_refused(small_data, finished_run, tmp_path):
-    tokenizer = train_tokenizer(["some other text, 0123456789 " * 50], tmp_path / "other.model", vocab_size=280)
+    tokenizer = train_tokenizer(["some other text, 0123456789 " * 50], tmp_path / "other.model", vocab_size=283)
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "some text " * 20}))
     build_corpus([tmp_path / "a.jsonl"], tokenizer, tmp_path / "corpus", chunk_length=8)
     line = error_line(
