@@ -19,6 +19,11 @@ def _require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def _split(entries: tuple[str, ...]) -> tuple[str, ...]:
+    """A list given on the command line arrives as one string with commas."""
+    return tuple(name for entry in entries for name in entry.split(",") if name)
+
+
 def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     _require(value in choices, f"{name}: {value!r} is none of {', '.join(choices)}")
 
@@ -28,6 +33,11 @@ def _require_layers(name: str, layers: tuple[int, ...], count: int) -> None:
         all(1 <= layer <= count for layer in layers) and len(set(layers)) == len(layers),
         f"{name} are 1-based and distinct, at most {count}; found {layers}",
     )
+
+
+# What a block can keep for its backward pass: projected queries, keys and values, the relative-position keys, the
+# heads' weighted means (before the output projection), what each sublayer adds, and the feed-forward's hidden layer.
+REMAT_NAMES = ("query", "key", "value", "relative", "mixed", "added", "hidden")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +64,8 @@ class RetroConfig:
       init_scale: standard deviation of the initial weights; residual outputs are scaled down by sqrt(2 * num_layers).
       pad_id: token id that is never attended to and never predicted.
       dtype: compute dtype, "float32" or "bfloat16"; parameters, norms, softmax and loss are float32.
-      remat: "none", or "block" to recompute each block's activations in the backward pass.
+      remat: what the backward pass computes again. "none": nothing. "block": all of a block but its input. Or names of what a
+        block keeps, separated by commas ("query,key,value,mixed"), out of REMAT_NAMES.
       scan_layers: loop over equal layers at run time, so that compile time does not grow with depth; False writes every
         layer out, which is faster on a CPU (no stacking of what the backward pass needs). The parameters are the same.
     """
@@ -93,7 +104,9 @@ class RetroConfig:
         _require_layers("model.cca_layers", self.cca_layers, self.num_layers)
         _require_choice("model.positions", self.positions, ("transformer_xl", "rope"))
         _require_choice("model.dtype", self.dtype, ("float32", "bfloat16", "float64"))
-        _require_choice("model.remat", self.remat, ("none", "block"))
+        if self.remat not in ("none", "block"):
+            for name in self.remat.split(","):
+                _require_choice("model.remat", name, ("none", "block", *REMAT_NAMES))
         _require(
             self.positions != "rope" or self.head_size % 2 == 0,
             f"model.head_size must be even with rope positions, is {self.head_size}",
@@ -145,11 +158,13 @@ class MeshConfig:
       data: batch split, parameters replicated.
       fsdp: batch split, parameters and optimizer state split too (ZeRO-3).
       tensor: heads, feed-forward and vocabulary split.
+      context: sequence split, at chunk boundaries; self-attention gathers its keys and values.
     """
 
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
+    context: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,9 +186,7 @@ class DataConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        # A list given on the command line arrives as one string with commas.
-        names = tuple(name for entry in self.sequences for name in entry.split(",") if name)
-        object.__setattr__(self, "sequences", names)
+        object.__setattr__(self, "sequences", _split(self.sequences))
         _require(self.neighbours >= 1, "data.neighbours must be at least 1 (a baseline ignores it)")
 
 
@@ -187,6 +200,7 @@ class OptimizerConfig:
       beta1, beta2, epsilon: of Adam.
       weight_decay: applied to matrices and embeddings, not to norms and attention biases.
       clip_norm: global gradient norm above which gradients are scaled down; 0 turns clipping off.
+      moments_dtype: of Adam's two moments, "float32" or "bfloat16"; they are updated in float32 either way.
     """
 
     peak_learning_rate: float = 2e-4
@@ -198,8 +212,10 @@ class OptimizerConfig:
     epsilon: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    moments_dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        _require_choice("optimizer.moments_dtype", self.moments_dtype, ("float32", "bfloat16"))
         _require(self.peak_learning_rate > 0, "optimizer.peak_learning_rate must be positive")
         _require(self.warmup_steps >= 0, "optimizer.warmup_steps must not be negative")
         _require(0 <= self.final_fraction <= 1, "optimizer.final_fraction must be between 0 and 1")
@@ -210,16 +226,65 @@ class CheckpointConfig:
     """When to save and what to keep.
 
     Attributes:
-      every_steps: steps between saves; the last step and SIGTERM save as well.
+      every_steps: steps between saves; the last step, SIGTERM and a preemption notice save as well.
+      every_minutes: a save as well when the last one is this long ago; 0 for never.
       keep_last: newest checkpoints kept.
+      keep_every: checkpoints whose step is a multiple of this are kept for good; 0 for none.
+      keep_best: so many checkpoints with the lowest validation loss are kept as well (needs `validation`).
     """
 
     every_steps: int = 1000
+    every_minutes: float = 0.0
     keep_last: int = 2
+    keep_every: int = 0
+    keep_best: int = 0
 
     def __post_init__(self) -> None:
         _require(self.every_steps > 0, "checkpoint.every_steps must be positive")
         _require(self.keep_last > 0, "checkpoint.keep_last must be positive")
+        for name in ("every_minutes", "keep_every", "keep_best"):
+            _require(getattr(self, name) >= 0, f"checkpoint.{name} must not be negative, is {getattr(self, name)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidationConfig:
+    """Loss on held-out sequences in the course of the run; for bits per byte of whole documents see launch/evaluate.py.
+
+    Attributes:
+      sequences: directories of the sequences stage, made with the tokenizer of the training data; empty for none.
+      every_steps: steps between validations; the last step validates as well.
+      examples: sequences read, from the first in stored order; 0 for all.
+    """
+
+    sequences: tuple[str, ...] = ()
+    every_steps: int = 1000
+    examples: int = 256
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sequences", _split(self.sequences))
+        _require(self.every_steps > 0, "validation.every_steps must be positive")
+        _require(self.examples >= 0, "validation.examples must not be negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class StabilityConfig:
+    """What happens when a step goes wrong. A bad step is skipped: parameters and optimizer stay as they were.
+
+    Attributes:
+      max_bad_steps: so many bad steps in a row are skipped; the next one stops the run. 0 stops at the first.
+      spike_factor: a step is bad when loss or gradients are not finite, and, unless this is 0, also when its loss is
+        more than this times the running average of the losses of good steps (from the 20th good step on).
+    """
+
+    max_bad_steps: int = 0
+    spike_factor: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(self.max_bad_steps >= 0, "stability.max_bad_steps must not be negative")
+        _require(
+            self.spike_factor == 0 or self.spike_factor > 1,
+            f"stability.spike_factor is 0 (off) or above 1, is {self.spike_factor}",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,9 +293,10 @@ class TrainConfig:
 
     Attributes:
       model: architecture.
-      data, optimizer, mesh, checkpoint: see their classes.
+      data, optimizer, mesh, checkpoint, validation, stability: see their classes.
       steps: optimizer steps of the run; the cosine ends there.
       batch_size: sequences of a step, over all devices.
+      microbatches: parts that a batch is computed in, one after the other, their gradients summed: less memory.
       vocab_block: vocabulary rows of one block of the loss; 0 for the whole vocabulary at once.
       log_every: steps between metric lines.
       seed: of the parameters' initialisation.
@@ -241,15 +307,26 @@ class TrainConfig:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    validation: ValidationConfig = dataclasses.field(default_factory=ValidationConfig)
+    stability: StabilityConfig = dataclasses.field(default_factory=StabilityConfig)
     steps: int = 1000
     batch_size: int = 8
+    microbatches: int = 1
     vocab_block: int = 16_384
     log_every: int = 10
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every"):
+        for name in ("steps", "batch_size", "microbatches", "log_every"):
             _require(getattr(self, name) > 0, f"{name} must be positive, is {getattr(self, name)}")
+        _require(
+            self.batch_size % self.microbatches == 0,
+            f"batch_size {self.batch_size} is not a multiple of microbatches {self.microbatches}",
+        )
+        _require(
+            not self.checkpoint.keep_best or bool(self.validation.sequences),
+            "checkpoint.keep_best needs validation.sequences",
+        )
         _require(self.vocab_block >= 0, "vocab_block must not be negative")
 
 
