@@ -64,8 +64,8 @@ class RetroConfig:
       init_scale: standard deviation of the initial weights; residual outputs are scaled down by sqrt(2 * num_layers).
       pad_id: token id that is never attended to and never predicted.
       dtype: compute dtype, "float32" or "bfloat16"; parameters, norms, softmax and loss are float32.
-      remat: what the backward pass computes again. "none": nothing. "block": all of a block but its input. Or names of what a
-        block keeps, separated by commas ("query,key,value,mixed"), out of REMAT_NAMES.
+      remat: what the backward pass computes again. "none": nothing. "block": all of a block but its input. Or names of
+        what a block keeps, separated by commas ("query,key,value,mixed"), out of REMAT_NAMES.
       scan_layers: loop over equal layers at run time, so that compile time does not grow with depth; False writes every
         layer out, which is faster on a CPU (no stacking of what the backward pass needs). The parameters are the same.
     """
