@@ -13,16 +13,19 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from retro_jax.config import RetroConfig
-from retro_jax.model.layers import RMSNorm, Stream, compute_dtype, normal, residual_scale, statistics_dtype
+from retro_jax.model.layers import RMSNorm, Stream, compute_dtype, normal, residual_scale, statistics_dtype, weight
+from retro_jax.parallel import rules
 
 
 class Positions(NamedTuple):
     """What an attention needs to know about where its queries and keys lie; the same for every layer of a stack.
 
     Attributes:
-      sinusoids: transformer_xl: [P, D] vectors of the distinct distances, descending; else None.
+      sinusoids: transformer_xl: [P, D] vectors of the distinct distances, descending; [C, P, D] when the queries are
+        cut into C parts; else None.
       rotations: rope: (cos, sin) of the queries [I, H/2] and (cos, sin) of the keys [J, H/2]; else None.
     """
 
@@ -39,6 +42,7 @@ def positions(
     keys: int,
     offset: int = 0,
     causal: bool = False,
+    parts: int = 1,
 ) -> Positions:
     """Positions of `queries` and `keys` of which query i and key j are `i - j + offset` apart.
 
@@ -49,6 +53,7 @@ def positions(
       queries, keys: I and J.
       offset: distance of query 0 and key 0.
       causal: only distances >= 0 are needed (I == J, offset 0); halves the positional product.
+      parts: C, equal parts that the queries of a causal attention are cut into.
     """
     dtype = statistics_dtype(config)
     if config.positions == "rope":
@@ -60,15 +65,20 @@ def positions(
             ),
         )
     # The causal table ends with distance -1: skew() needs one column more than there are keys.
-    count = queries + 1 if causal else queries + keys - 1
-    distances = (queries - 1 + offset) - jnp.arange(count)
+    count = keys + 1 if causal else queries + keys - 1
+    if parts > 1:
+        last = (jnp.arange(parts) + 1) * (queries // parts) - 1
+        distances = rules.constrain(last[:, None] - jnp.arange(count), "tokens", None)
+    else:
+        distances = (queries - 1 + offset) - jnp.arange(count)
     return Positions(sinusoid(distances, query_width, dtype), None)
 
 
 def sinusoid(distances: jax.Array, width: int, dtype: jnp.dtype = jnp.float32) -> jax.Array:
-    """R(delta) = concat(sin(delta w_a), cos(delta w_a)), w_a = 10000^(-2a/D) (Dai et al. 2019): [P] to [P, D]."""
+    """R(delta) = concat(sin(delta w_a), cos(delta w_a)), w_a = 10000^(-2a/D), of distances [..., P]: [..., P, D]
+    (Dai et al. 2019)."""
     frequencies = 10_000.0 ** (-jnp.arange(0, width, 2, dtype=dtype) / width)
-    angles = distances.astype(dtype)[:, None] * frequencies
+    angles = distances.astype(dtype)[..., None] * frequencies
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
@@ -143,6 +153,11 @@ def causal_blocks(length: int, smallest: int = 64, most: int = 4) -> list[tuple[
     return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 
+def causal_mask(queries: jax.Array, keys: int) -> jax.Array:
+    """Which of the keys 0..J-1 the queries at these places [..., I] may see: bool [..., I, 1, J]."""
+    return (queries[..., None] >= jnp.arange(keys))[..., None, :]
+
+
 class Attention(nnx.Module):
     """Projections of one attention and `attend`, shared by the four kinds.
 
@@ -201,33 +216,80 @@ class Attention(nnx.Module):
           [B..., X, I, D]; exactly 0 for a query that may see no key.
         """
         query = self._heads(x, self.query)
-        key = self._heads(source, self.key)
-        value = self._heads(source, self.value)
+        key = checkpoint_name(self._heads(source, self.key), "key")
+        value = checkpoint_name(self._heads(source, self.value), "value")
         if where.rotations is not None:
             rotate_query, rotate_key = where.rotations
             content, position, relative = rotate(query * self.scale, rotate_query), None, None
             key = rotate(key, rotate_key)
         else:
+            query = checkpoint_name(query, "query")
             content = self._biased(query, self.content_bias)
             position = self._biased(query, self.position_bias)
-            relative = self._heads(where.sinusoids.astype(self.compute), self.relative)
-        if causal:
-            mixed = [
-                self._mix(
-                    content[..., start:stop, :],
-                    None if position is None else position[..., start:stop, :],
-                    None if relative is None else relative[:, -(stop + 1) :],
-                    key[..., :stop, :],
-                    value[..., :stop, :],
-                    valid[..., None, None, :, :stop]
-                    & (jnp.arange(start, stop)[:, None] >= jnp.arange(stop))[:, None, :],
-                )
-                for start, stop in causal_blocks(x.shape[-2])
-            ]
-            heads = jnp.concatenate(mixed, axis=-2)
-        else:
+            relative = checkpoint_name(self._heads(where.sinusoids.astype(self.compute), self.relative), "relative")
+        if not causal:
             heads = self._mix(content, position, relative, key, value, valid[..., None, None, :, :])
-        return jnp.einsum("n...h,nhd->...d", heads, self.output[...].astype(self.compute))
+        elif rules.axis_size("context") == 1:
+            heads = self._mix_blocks(content, position, relative, key, value, valid)
+        else:
+            heads = self._mix_parts(content, position, relative, key, value, valid)
+        heads = checkpoint_name(heads, "mixed")
+        return checkpoint_name(jnp.einsum("n...h,nhd->...d", heads, weight(self.output, self.compute)), "added")
+
+    def _mix_blocks(
+        self,
+        content: jax.Array,
+        position: jax.Array | None,
+        relative: jax.Array | None,
+        key: jax.Array,
+        value: jax.Array,
+        valid: jax.Array,
+    ) -> jax.Array:
+        """Causal: block after block of queries, each on the keys before its own end. Arguments as in `_mix`."""
+        mixed = [
+            self._mix(
+                content[..., start:stop, :],
+                None if position is None else position[..., start:stop, :],
+                None if relative is None else relative[:, -(stop + 1) :],
+                key[..., :stop, :],
+                value[..., :stop, :],
+                valid[..., None, None, :, :stop] & causal_mask(jnp.arange(start, stop), stop),
+            )
+            for start, stop in causal_blocks(content.shape[-2])
+        ]
+        return jnp.concatenate(mixed, axis=-2)
+
+    def _mix_parts(
+        self,
+        content: jax.Array,
+        position: jax.Array | None,
+        relative: jax.Array | None,
+        key: jax.Array,
+        value: jax.Array,
+        valid: jax.Array,
+    ) -> jax.Array:
+        """Causal over a mesh that splits the sequence: each device its own part of the queries, on all keys.
+
+        Arguments as in `_mix`, relative with a second axis C (`positions(parts=C)`).
+        """
+        parts, length = rules.axis_size("context"), content.shape[-2]
+        lead = ("heads", "batch", *(None for _ in content.shape[2:-2]))
+
+        def cut(queries: jax.Array) -> jax.Array:
+            queries = queries.reshape(*queries.shape[:-2], parts, length // parts, queries.shape[-1])
+            return rules.constrain(jnp.moveaxis(queries, -3, 0), "tokens", *lead, None, None)
+
+        key, value = (rules.constrain(x, *lead, None, None) for x in (key, value))
+        mask = causal_mask(jnp.arange(length).reshape(parts, -1), length)
+        mask = valid[..., None, None, :, :] & mask.reshape(parts, *(1,) * (valid.ndim - 2), 1, -1, 1, length)
+        mixed = jax.vmap(lambda *part: self._mix(*part[:3], key, value, part[3]))(
+            cut(content),
+            None if position is None else cut(position),
+            None if relative is None else jnp.moveaxis(relative, 1, 0),
+            mask,
+        )
+        mixed = rules.constrain(mixed, "tokens", *lead, None, None)
+        return jnp.moveaxis(mixed, 0, -3).reshape(content.shape)
 
     def _mix(
         self,
@@ -255,7 +317,7 @@ class Attention(nnx.Module):
 
     def _heads(self, x: jax.Array, kernel: nnx.Param) -> jax.Array:
         """[..., D] to [N, ..., H]."""
-        return jnp.einsum("...d,dnh->n...h", x, kernel[...].astype(self.compute))
+        return jnp.einsum("...d,dnh->n...h", x, weight(kernel, self.compute))
 
     def _biased(self, query: jax.Array, bias: nnx.Param) -> jax.Array:
         """(q + bias) / sqrt(H) of q [N, ..., H]."""

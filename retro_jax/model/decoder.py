@@ -6,7 +6,6 @@ stacked along a leading axis "layers" and scanned. Compile time then depends on 
 """
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -15,7 +14,8 @@ from flax import nnx
 from retro_jax.config import RetroConfig
 from retro_jax.model.attention import Positions, SelfAttention, positions
 from retro_jax.model.chunked_cross_attention import ChunkedCrossAttention, Memory, cca_positions
-from retro_jax.model.layers import FeedForward, RMSNorm, decoder_stream, stacked, take
+from retro_jax.model.layers import FeedForward, RMSNorm, decoder_stream, remat, stacked, take
+from retro_jax.parallel import rules
 
 
 class Run(NamedTuple):
@@ -88,7 +88,7 @@ class Block(nnx.Module):
         """The block after its ATTN."""
         if self.cca is not None and context.memory is not None:
             x = self.cca(x, context.memory, context.cca_positions)
-        return self.ffw(x)
+        return rules.constrain(self.ffw(x), "batch", "tokens", None)
 
 
 class Context(NamedTuple):
@@ -106,20 +106,17 @@ class Segment(nnx.Module):
     def __init__(self, blocks: list[Block], run: Run, config: RetroConfig):
         self.blocks = nnx.List(blocks)
         self.repeats = run.repeats
-        self.remat = config.remat == "block"
-        self.scan = config.scan_layers
+        self.config = config
 
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
         graphdef, stacked = nnx.split(self.blocks)
 
         def repeat(x: jax.Array, params: nnx.State) -> tuple[jax.Array, None]:
             for block in nnx.merge(graphdef, params):
-                call = functools.partial(block, context=context)
-                # Inside a scan nothing can be merged with the forward pass, so the costly barrier is not needed.
-                x = jax.checkpoint(call, prevent_cse=not self.scan)(x) if self.remat else call(x)
+                x = remat(self.config, block, scanned=self.config.scan_layers)(x, context)
             return x, None
 
-        if self.scan:
+        if self.config.scan_layers:
             return jax.lax.scan(repeat, x, stacked)[0]
         for index in range(self.repeats):
             x, _ = repeat(x, jax.tree.map(lambda leaf: leaf[index], stacked))  # noqa: B023 (used at once)
@@ -170,6 +167,7 @@ class Decoder(nnx.Module):
             queries=length,
             keys=length,
             causal=True,
+            parts=rules.axis_size("context"),
         )
         return Context(valid, where)
 
@@ -179,8 +177,8 @@ class Decoder(nnx.Module):
             x = segment(x, context)
         if self.entry is not None:
             attention = functools.partial(self.entry.attention, causal=True)
-            x = self._remat(attention)(x, context.valid, context.self_positions)
-        return x
+            x = remat(self.config, attention)(x, context.valid, context.self_positions)
+        return rules.constrain(x, "batch", "tokens", None)
 
     def leave(self, x: jax.Array, context: Context, memory: Memory | None) -> jax.Array:
         """[B, T, D] from where `enter` stopped to the end, final norm included; memory None is RETRO[OFF]."""
@@ -188,10 +186,7 @@ class Decoder(nnx.Module):
             where = cca_positions(self.config, memory.values.shape[-2])
             context = context._replace(memory=memory, cca_positions=where)
         if self.entry is not None:
-            x = self._remat(self.entry.finish)(x, context)
+            x = remat(self.config, self.entry.finish)(x, context)
         for segment in self.after:
             x = segment(x, context)
         return self.norm(x)
-
-    def _remat(self, function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-        return jax.checkpoint(function) if self.config.remat == "block" else function

@@ -6,7 +6,8 @@ from flax import nnx
 from retro_jax.config import RetroConfig
 from retro_jax.model.attention import Attention, Positions, SelfAttention, positions
 from retro_jax.model.chunked_cross_attention import Memory
-from retro_jax.model.layers import FeedForward, RMSNorm, decoder_stream, encoder_stream, stacked, take
+from retro_jax.model.layers import FeedForward, RMSNorm, decoder_stream, encoder_stream, remat, stacked, take
+from retro_jax.parallel import rules
 
 
 class ConditioningAttention(Attention):
@@ -89,8 +90,8 @@ class Encoder(nnx.Module):
             encoder_positions(config, length, keys=config.chunk_length),
         )
         for layer in self.layers:
-            call = jax.checkpoint(layer) if config.remat == "block" else layer
-            x = call(x, valid, chunks, chunks_valid, where)
+            x = remat(config, layer)(x, valid, chunks, chunks_valid, where)
+            x = rules.constrain(x, "batch", "chunks", None, None, None)
         return Memory(self.norm(x), valid)
 
 

@@ -7,9 +7,11 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from retro_jax.config import RetroConfig
 from retro_jax.errors import UserError
+from retro_jax.parallel import rules
 
 
 class Stream(NamedTuple):
@@ -51,6 +53,35 @@ def normal(
     # Drawn flat: on a CPU the random bits of a three-dimensional array take three times as long to compile.
     values = jax.random.normal(key, (math.prod(shape),), dtype).reshape(shape)
     return nnx.Param(scale * values, axes=axes)
+
+
+def weight(param: nnx.Param, dtype: jnp.dtype) -> jax.Array:
+    """A parameter as it is used: in the compute dtype and brought together over fsdp."""
+    # The name lets `remat` drop the gathered copy, which a backward pass would otherwise keep for every layer.
+    return checkpoint_name(rules.gather(param[...].astype(dtype), param.axes), "weight")
+
+
+def remat(config: RetroConfig, function: Callable[..., Any], *, scanned: bool = False) -> Callable[..., Any]:
+    """A block that computes in the backward pass again what `config.remat` says.
+
+    With "none" a mesh with fsdp still gathers the weights again, for keeping them would undo the split.
+
+    Args:
+      config: the model's.
+      function: of arrays to arrays.
+      scanned: the body of a scan, where nothing can be merged with the forward pass and no barrier against that is
+        needed.
+    """
+    policies = jax.checkpoint_policies
+    if config.remat == "none":
+        if rules.axis_size("fsdp") == 1:
+            return function
+        policy = policies.save_anything_except_these_names("weight")
+    elif config.remat == "block":
+        policy = policies.nothing_saveable
+    else:
+        policy = policies.save_only_these_names(*config.remat.split(","))
+    return jax.checkpoint(function, policy=policy, prevent_cse=not scanned)
 
 
 Module = TypeVar("Module", bound=nnx.Module)
@@ -160,8 +191,8 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] to [..., D]."""
-        hidden = gelu(self.norm(x) @ self.up[...].astype(x.dtype))
-        return x + hidden @ self.down[...].astype(x.dtype)
+        hidden = checkpoint_name(self.norm(x) @ weight(self.up, x.dtype), "hidden")
+        return x + checkpoint_name(gelu(hidden) @ weight(self.down, x.dtype), "added")
 
 
 class Embedding(nnx.Module):
@@ -174,4 +205,14 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """[...] int32 to [..., D]; an id beyond the vocabulary gives NaN, so that it cannot pass unnoticed."""
-        return jnp.take(self.table[...], tokens, axis=0, mode="fill").astype(self.dtype)
+        table = self.table[...]
+        if rules.axis_size("fsdp") == 1:
+            return jnp.take(table, tokens, axis=0, mode="fill").astype(self.dtype)
+        # Each device looks up its part of the width for all rows of its fsdp group, and then rows and widths change
+        # places: that moves the activations once, where gathering the table (and summing its gradient) would move V
+        # rows, most of them unused.
+        inner = (None,) * (tokens.ndim - 2)
+        tokens = rules.constrain(tokens, "examples", "tokens", *inner)
+        rows = jnp.take(table, tokens, axis=0, mode="fill").astype(self.dtype)
+        rows = rules.constrain(rows, "examples", "tokens", *inner, "width")
+        return rules.constrain(rows, "batch", "tokens", *inner, None)

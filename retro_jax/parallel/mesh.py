@@ -1,27 +1,31 @@
-"""The device mesh of a run: axes `data`, `fsdp`, `tensor`."""
+"""The device mesh of a run: axes `data`, `fsdp`, `tensor`, `context`."""
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from retro_jax.config import MeshConfig
 from retro_jax.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "tensor", "context")
 
 
 def create_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     """Lays the devices out along the configured axes.
+
+    Devices of several slices (TPU pods joined by a data-centre network) are laid out so that only `data` crosses from
+    one slice to another.
 
     Args:
       config: sizes; one of them may be -1 and takes the devices that are left.
       devices: all devices of the run by default.
 
     Returns:
-      A mesh with the axes `data`, `fsdp`, `tensor`, all of axis type Auto.
+      A mesh with the axes `data`, `fsdp`, `tensor`, `context`, all of axis type Auto.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices.
+      UserError: the sizes do not multiply to the number of devices, or `data` not to a multiple of the slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [getattr(config, axis) for axis in AXES]
@@ -33,4 +37,25 @@ def create_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> 
         sizes[sizes.index(-1)] = max(1, len(devices) // known)
     if int(np.prod(sizes)) != len(devices):
         raise UserError(f"mesh {written} does not multiply to the {len(devices)} devices of this run")
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    types = (AxisType.Auto,) * len(AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+    if sizes[0] % slices:
+        raise UserError(f"mesh {written}: data must be a multiple of the {slices} slices, the other axes lie in one")
+    inside, across = (sizes[0] // slices, *sizes[1:]), (slices, *(1 for _ in AXES[1:]))
+    return Mesh(mesh_utils.create_hybrid_device_mesh(inside, across, devices), AXES, axis_types=types)
+
+
+def check_batch(mesh: Mesh, *, batch_size: int, microbatches: int, length: int, chunk_length: int) -> None:
+    """Raises UserError when a batch [batch_size, length], cut into micro-batches, does not divide over the mesh."""
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % (microbatches * rows):
+        parts = f" x microbatches = {microbatches * rows}" if microbatches > 1 else f" = {rows}"
+        raise UserError(f"batch_size {batch_size} is not a multiple of the mesh's data x fsdp{parts}")
+    context = mesh.shape["context"]
+    if length % (context * chunk_length):
+        raise UserError(
+            f"sequences of {length} tokens are not cut by mesh.context = {context} at chunk boundaries: "
+            f"the length must be a multiple of {context} x {chunk_length}"
+        )

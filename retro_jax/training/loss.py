@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from retro_jax.parallel import rules
+
 
 def token_nats(hidden: jax.Array, kernel: jax.Array, labels: jax.Array, *, block: int = 0) -> jax.Array:
     """-log p(label) of every position, in nats.
@@ -19,33 +21,51 @@ def token_nats(hidden: jax.Array, kernel: jax.Array, labels: jax.Array, *, block
     Returns:
       [B, T] float32 (float64 for float64 input).
     """
-    vocab = kernel.shape[0]
-    kernel = kernel.astype(hidden.dtype)
-    if block <= 0 or block >= vocab:
-        logits = _logits(hidden, kernel)
-        picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-        return jax.nn.logsumexp(logits, axis=-1) - picked
+    vocab, width = kernel.shape
+    # Over a mesh with a tensor axis every block takes its share of each device's rows.
+    tensor = rules.axis_size("tensor")
+    shares = tensor if vocab % tensor == 0 else 1
+    share = vocab // shares
+    blocks = -(-vocab // block) if block > 0 else 1
+    size = -(-share // blocks)
+    kernel = kernel.astype(hidden.dtype).reshape(shares, share, width)
+    ids = jnp.arange(vocab).reshape(shares, share)
+    hidden = rules.constrain(hidden, "batch", "tokens", None)
 
-    blocks = -(-vocab // block)
-    padded = jnp.pad(kernel, ((0, blocks * block - vocab), (0, 0))).reshape(blocks, block, -1)
+    def logits_of(rows: jax.Array) -> jax.Array:
+        rows = rules.gather(rows, ("vocab", None, "embed"))
+        dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+        logits = jnp.einsum("btd,svd->btsv", hidden, rows, preferred_element_type=dtype)
+        return rules.constrain(logits, "batch", "tokens", "vocab", None)
+
+    def picked_from(logits: jax.Array, ids: jax.Array) -> jax.Array:
+        return jnp.where(ids == labels[..., None, None], logits, 0).sum((-2, -1))
+
+    if blocks == 1:
+        logits = logits_of(kernel)
+        if shares == 1:
+            picked = jnp.take_along_axis(logits[:, :, 0], labels[..., None], axis=-1)[..., 0]
+        else:
+            picked = picked_from(logits, ids)
+        return jax.nn.logsumexp(logits, axis=(-2, -1)) - picked
+
+    def in_blocks(x: jax.Array, filler: int) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), (0, blocks * size - share), *((0, 0),) * (x.ndim - 2)), constant_values=filler)
+        return jnp.swapaxes(x.reshape(shares, blocks, size, *x.shape[2:]), 0, 1)
 
     @jax.checkpoint
     def body(carry: tuple[jax.Array, ...], part: tuple[jax.Array, jax.Array]) -> tuple[tuple[jax.Array, ...], None]:
         maximum, total, picked = carry
-        index, rows = part
-        logits = _logits(hidden, rows)
-        ids = index * block + jnp.arange(block)
-        logits = jnp.where(ids < vocab, logits, -jnp.inf)
-        new_maximum = jnp.maximum(maximum, jax.lax.stop_gradient(logits.max(axis=-1)))
-        total = total * jnp.exp(maximum - new_maximum) + jnp.exp(logits - new_maximum[..., None]).sum(axis=-1)
-        local = labels - index * block
-        inside = (local >= 0) & (local < block)
-        row = jnp.take_along_axis(logits, jnp.clip(local, 0, block - 1)[..., None], axis=-1)[..., 0]
-        return (new_maximum, total, jnp.where(inside, row, picked)), None
+        ids, rows = part
+        logits = jnp.where(ids >= 0, logits_of(rows), -jnp.inf)
+        new_maximum = jnp.maximum(maximum, jax.lax.stop_gradient(logits.max(axis=(-2, -1))))
+        exponentials = jnp.exp(logits - new_maximum[..., None, None]).sum(axis=(-2, -1))
+        total = total * jnp.exp(maximum - new_maximum) + exponentials
+        return (new_maximum, total, picked + picked_from(logits, ids)), None
 
     zero = jnp.zeros(labels.shape, jnp.promote_types(hidden.dtype, jnp.float32))
     start = (jnp.full_like(zero, -jnp.inf), zero, zero)
-    (maximum, total, picked), _ = jax.lax.scan(body, start, (jnp.arange(blocks), padded))
+    (maximum, total, picked), _ = jax.lax.scan(body, start, (in_blocks(ids, -1), in_blocks(kernel, 0)))
     return maximum + jnp.log(total) - picked
 
 
@@ -55,8 +75,3 @@ def label_weights(labels: jax.Array, *, unscored: tuple[int, ...]) -> jax.Array:
     for token in unscored:
         weights = jnp.where(labels == token, 0.0, weights)
     return weights
-
-
-def _logits(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
-    dtype = jnp.promote_types(hidden.dtype, jnp.float32)
-    return jnp.einsum("btd,vd->btv", hidden, kernel, preferred_element_type=dtype)

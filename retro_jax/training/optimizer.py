@@ -1,8 +1,10 @@
 """AdamW as the paper trains: linear warm-up, one cosine cycle, decay of matrices only, clipped gradients."""
 
+import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from retro_jax.config import OptimizerConfig
@@ -45,7 +47,26 @@ def create_optimizer(config: OptimizerConfig, steps: int, axes: Any) -> optax.Gr
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm > 0 else []
     return optax.chain(
         *clip,
-        optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon),
+        _adam(config),
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask(axes)),
         optax.scale_by_learning_rate(learning_rate(config, steps)),
     )
+
+
+def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
+    adam = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon)
+    if config.moments_dtype == "float32":
+        return adam
+
+    def stored(state: optax.ScaleByAdamState, dtype: jnp.dtype) -> optax.ScaleByAdamState:
+        cast = functools.partial(jax.tree.map, lambda moment: moment.astype(dtype))
+        return state._replace(mu=cast(state.mu), nu=cast(state.nu))
+
+    def init(params: Any) -> optax.ScaleByAdamState:
+        return stored(adam.init(params), jnp.dtype(config.moments_dtype))
+
+    def update(gradients: Any, state: optax.ScaleByAdamState, params: Any = None) -> tuple[Any, optax.ScaleByAdamState]:
+        updates, state = adam.update(gradients, stored(state, jnp.float32), params)
+        return updates, stored(state, jnp.dtype(config.moments_dtype))
+
+    return optax.GradientTransformation(init, update)

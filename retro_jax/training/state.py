@@ -13,16 +13,18 @@ from retro_jax.config import RetroConfig
 from retro_jax.model.layers import logical_axes
 from retro_jax.model.retro import Retro
 from retro_jax.parallel import rules
+from retro_jax.training.health import Health, healthy
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class TrainState:
-    """Step counter (int32 scalar), parameters and optimizer state."""
+    """Steps taken, skipped ones included (int32 scalar), parameters, optimizer state, and how the steps went."""
 
     step: jax.Array
     params: nnx.State
     opt_state: optax.OptState
+    health: Health
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +48,17 @@ def plan_model(config: RetroConfig, mesh: Mesh) -> ModelPlan:
     return ModelPlan(graphdef, axes, _with_shardings(params, rules.shardings(axes, params, mesh)))
 
 
+def named_params(plan: ModelPlan) -> dict[str, jax.ShapeDtypeStruct]:
+    """The abstract parameters by their path, `decoder.after.0.blocks.0.ffw.up`; stacked layers are one entry."""
+    return {".".join(_names(path)): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(plan.params)}
+
+
+def named_axes(plan: ModelPlan) -> dict[str, tuple[str | None, ...]]:
+    """The logical axes of each entry of `named_params`."""
+    names = [".".join(_names(path)) for path, _ in jax.tree_util.tree_leaves_with_path(plan.params)]
+    return dict(zip(names, jax.tree.leaves(plan.axes, is_leaf=lambda node: isinstance(node, tuple)), strict=True))
+
+
 def plan_state(plan: ModelPlan, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """The abstract train state with shardings; the optimizer's moments lie as their parameters do."""
     everywhere = rules.replicated(mesh)
@@ -54,8 +67,12 @@ def plan_state(plan: ModelPlan, optimizer: optax.GradientTransformation, mesh: M
     opt_shardings = optax.tree_map_params(
         optimizer, lambda _, sharding: sharding, opt_state, shardings, transform_non_params=lambda _: everywhere
     )
+    health = jax.eval_shape(healthy)
     return TrainState(
-        jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere), plan.params, _with_shardings(opt_state, opt_shardings)
+        jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere),
+        plan.params,
+        _with_shardings(opt_state, opt_shardings),
+        _with_shardings(health, jax.tree.map(lambda _: everywhere, health)),
     )
 
 
@@ -66,7 +83,7 @@ def initialise(
 
     def create() -> TrainState:
         _, params = nnx.split(Retro(config, rngs=nnx.Rngs(seed)))
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), healthy())
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, plan_state(plan, optimizer, mesh))
     return jax.jit(create, out_shardings=shardings)()

@@ -5,12 +5,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from jax.sharding import Mesh
 
 from retro_jax.config import TrainConfig
 from retro_jax.parallel import rules
+from retro_jax.training.health import judge
 from retro_jax.training.loss import label_weights, token_nats
-from retro_jax.training.state import ModelPlan, TrainState
+from retro_jax.training.state import ModelPlan, TrainState, plan_state
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -36,23 +38,67 @@ def make_train_step(
     Returns:
       A jitted function. `batch` has tokens [B, T+1] int32 and, unless the model is a baseline, neighbours
       [B, L, K, R] int32, both split over the batch axes. Metrics are float32 scalars: `loss` in nats per scored
-      token, `tokens` scored, `gradient_norm` before clipping.
+      token, `tokens` scored, `gradient_norm` before clipping, `bad` 1 when the step was skipped, `bad_in_a_row` and
+      `skipped` so far, this step included.
+
+    A batch of several micro-batches is computed in as many parts, whose sums of nats, of weights and of gradients are
+    divided once, at the end.
     """
 
-    def loss(params: object, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        model = plan.merge(params)
-        inputs, labels = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
-        hidden = model.hidden(inputs, batch.get("neighbours"))
-        weights = label_weights(labels, unscored=unscored)
-        nats = token_nats(hidden, model.head_kernel(), labels, block=config.vocab_block)
-        count = weights.sum()
-        return (nats * weights).sum() / jnp.maximum(count, 1.0), count
+    def nats(params: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        with rules.use(mesh):
+            model = plan.merge(params)
+            inputs, labels = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
+            hidden = model.hidden(inputs, batch.get("neighbours"))
+            weights = label_weights(labels, unscored=unscored)
+            each = token_nats(hidden, model.head_kernel(), labels, block=config.vocab_block)
+            return (each * weights).sum(), weights.sum()
+
+    def sums(params: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array, nnx.State]:
+        (total, count), gradients = jax.value_and_grad(nats, has_aux=True)(params, batch)
+        return total, count, jax.lax.with_sharding_constraint(gradients, shardings)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        (value, count), gradients = jax.value_and_grad(loss, has_aux=True)(state.params, batch)
+        if config.microbatches == 1:
+            total, count, gradients = sums(state.params, batch)
+        else:
+            parts = {name: _micro(array, config.microbatches) for name, array in batch.items()}
+            first, rest = ({name: part[which] for name, part in parts.items()} for which in (0, slice(1, None)))
+
+            def add(so_far: tuple, part: Batch) -> tuple[tuple, None]:
+                return jax.tree.map(jnp.add, so_far, sums(state.params, part)), None
+
+            (total, count, gradients), _ = jax.lax.scan(add, sums(state.params, first), rest)
+        count = jnp.maximum(count, 1.0)
+        loss, gradients = total / count, jax.tree.map(lambda gradient: gradient / count, gradients)
+        norm = optax.global_norm(gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": value, "tokens": count, "gradient_norm": optax.global_norm(gradients)}
-        return TrainState(state.step + 1, params, opt_state), metrics
+        bad, health = judge(state.health, loss, norm, config.stability)
+        params, opt_state = jax.tree.map(
+            lambda old, new: jnp.where(bad, old, new), (state.params, state.opt_state), (params, opt_state)
+        )
+        metrics = {
+            "loss": loss,
+            "tokens": count,
+            "gradient_norm": norm,
+            "bad": bad,
+            "bad_in_a_row": health.bad_in_a_row,
+            "skipped": health.skipped,
+        }
+        metrics = {name: value.astype(jnp.float32) for name, value in metrics.items()}
+        return TrainState(state.step + 1, params, opt_state, health), metrics
 
-    return jax.jit(step, donate_argnums=0, in_shardings=(None, rules.batch_sharding(mesh)))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, plan.params)
+    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, plan_state(plan, optimizer, mesh))
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(state_shardings, rules.batch_sharding(mesh)),
+        out_shardings=(state_shardings, rules.replicated(mesh)),
+    )
+
+
+def _micro(array: jax.Array, count: int) -> jax.Array:
+    """[B, ...] to [count, B / count, ...]. Row r goes to part r % count, so that every device keeps its own rows."""
+    return jnp.swapaxes(array.reshape(-1, count, *array.shape[1:]), 0, 1)

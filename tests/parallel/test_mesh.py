@@ -1,22 +1,26 @@
 """Meshes multiply to the devices; every logical axis has one rule."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from retro_jax.config import MeshConfig
 from retro_jax.errors import UserError
-from retro_jax.parallel.mesh import create_mesh
+from retro_jax.parallel.mesh import check_batch, create_mesh
 from retro_jax.parallel.rules import partition_spec
 
 
 def test_one_size_may_take_the_devices_that_are_left():
-    assert dict(create_mesh(MeshConfig(data=2, fsdp=-1, tensor=2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    mesh = create_mesh(MeshConfig(data=2, fsdp=-1, tensor=2))
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (MeshConfig(data=3), "mesh data=3 x fsdp=-1 x tensor=1 does not multiply to the 8 devices"),
+        (MeshConfig(data=3), "mesh data=3 x fsdp=-1 x tensor=1 x context=1 does not multiply to the 8"),
         (MeshConfig(data=2, fsdp=2, tensor=1), "does not multiply to the 8 devices"),
         (MeshConfig(data=-1, fsdp=-1), "at most one of them is -1"),
         (MeshConfig(data=0), "sizes are positive"),
@@ -34,9 +38,49 @@ def test_no_mesh_axis_splits_two_dimensions_and_odd_sizes_stay_whole():
     assert partition_spec(("layers", "embed", "heads", "head"), (3, 6, 3, 4), mesh) == P(None, None, None, None)
 
 
-def test_an_axis_without_a_rule_is_a_defect_not_a_default():
+def test_vectors_stay_whole():
+    mesh = create_mesh(MeshConfig(fsdp=8))
+    assert partition_spec(("embed",), (16,), mesh) == P(None)
+    assert partition_spec(("layers", "embed"), (8, 16), mesh) == P(None, None)
+
+
+def test_an_axis_without_a_rule_and_two_that_claim_one_mesh_axis_are_defects():
     mesh = create_mesh(MeshConfig())
     with pytest.raises(ValueError, match="no sharding rule for the logical axis 'embedd'"):
-        partition_spec(("embedd",), (8,), mesh)
+        partition_spec(("embedd", "heads"), (8, 8), mesh)
     with pytest.raises(ValueError, match="1 axis names"):
         partition_spec(("embed",), (8, 8), mesh)
+    with pytest.raises(ValueError, match=r"axes 'heads' and 'ffw' .* both claim the mesh axis 'tensor'"):
+        partition_spec(("heads", "ffw"), (8, 8), mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class SlicedDevice:
+    """What the layout of a mesh asks of a TPU device."""
+
+    id: int
+    slice_index: int
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+    process_index: int = 0
+
+
+def test_only_the_data_axis_crosses_slices():
+    devices = [SlicedDevice(number, number // 4) for number in range(8)]
+    mesh = create_mesh(MeshConfig(data=4, fsdp=2), devices)
+    slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    assert mesh.devices.shape == (4, 2, 1, 1)
+    assert slices[:2].max() == 0 and slices[2:].min() == 1
+    with pytest.raises(UserError, match="data must be a multiple of the 2 slices"):
+        create_mesh(MeshConfig(data=1, fsdp=8), devices)
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    mesh = create_mesh(MeshConfig(data=2, fsdp=2, context=2))
+    check_batch(mesh, batch_size=8, microbatches=2, length=256, chunk_length=64)
+    with pytest.raises(UserError, match="batch_size 6 is not a multiple of the mesh's data x fsdp = 4"):
+        check_batch(mesh, batch_size=6, microbatches=1, length=256, chunk_length=64)
+    with pytest.raises(UserError, match="data x fsdp x microbatches = 16"):
+        check_batch(mesh, batch_size=8, microbatches=4, length=256, chunk_length=64)
+    with pytest.raises(UserError, match=r"not cut by mesh.context = 2 at chunk boundaries"):
+        check_batch(mesh, batch_size=4, microbatches=1, length=192, chunk_length=64)
