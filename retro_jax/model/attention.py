@@ -16,7 +16,16 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from retro_jax.config import RetroConfig
-from retro_jax.model.layers import RMSNorm, Stream, compute_dtype, normal, residual_scale, statistics_dtype, weight
+from retro_jax.model.layers import (
+    RMSNorm,
+    Stream,
+    compute_dtype,
+    linear,
+    normal,
+    residual_scale,
+    statistics_dtype,
+    weight,
+)
 from retro_jax.parallel import rules
 
 
@@ -64,8 +73,8 @@ def positions(
                 rotation(jnp.arange(keys), head_size, config.rope_theta, dtype),
             ),
         )
-    # The causal table ends with distance -1: skew() needs one column more than there are keys.
-    count = keys + 1 if causal else queries + keys - 1
+    # The table ends with a distance that no pair has: skew() needs one column more.
+    count = keys + 1 if causal else queries + keys
     if parts > 1:
         last = (jnp.arange(parts) + 1) * (queries // parts) - 1
         distances = rules.constrain(last[:, None] - jnp.arange(count), "tokens", None)
@@ -100,22 +109,73 @@ def skew(products: jax.Array, keys: int) -> jax.Array:
     """Aligns products with descending distances to keys: out[..., i, j] = products[..., i, j + I - 1 - i].
 
     Read row after row with a stride one shorter, each row starts one distance later, which is the shift wanted:
-    two slices and a reshape instead of a gather.
+    slices and a reshape instead of a gather.
 
     Args:
-      products: [..., I, P]; column p belongs to distance d_0 - p. P >= J + 1 or P == I + J - 1.
+      products: [..., I, P]; column p belongs to distance d_0 - p. P is I + J, or J + 1 when causal.
       keys: J.
 
     Returns:
-      [..., I, J]. When P < I + J - 1 the entries with j + I - 1 - i >= P are meaningless and must be masked.
+      [..., I, J]. With P = J + 1 the entries with j > i + (J - I) are meaningless and must be masked.
     """
     queries, distances = products.shape[-2:]
     lead = products.shape[:-2]
-    if queries == 1:
-        return products[..., :keys]
     flat = products.reshape(*lead, queries * distances)
-    flat = flat[..., queries - 1 : queries - 1 + queries * (distances - 1)]
-    return flat.reshape(*lead, queries, distances - 1)[..., :keys]
+    if distances == keys + 1:
+        return flat[..., queries - 1 : queries - 1 + queries * keys].reshape(*lead, queries, keys)
+    rows = flat[..., : queries * (distances - 1)].reshape(*lead, queries, distances - 1)
+    return rows[..., queries - 1 :]
+
+
+def unskew(logits: jax.Array, distances: int) -> jax.Array:
+    """The transpose of `skew`: [..., I, J] to [..., I, P], 0 where `skew` takes nothing."""
+    *lead, queries, keys = logits.shape
+    zero, whole = jnp.zeros((), logits.dtype), [(0, 0, 0)] * len(lead)
+    if distances == keys + 1:
+        flat = jax.lax.pad(logits.reshape(*lead, queries * keys), zero, [*whole, (queries - 1, 1, 0)])
+    else:
+        # The row below makes room for the shorter stride.
+        rows = jax.lax.pad(logits, zero, [*whole, (0, 1, 0), (queries - 1, 0, 0)])
+        flat = rows.reshape(*lead, -1)[..., : queries * distances]
+    return flat.reshape(*lead, queries, distances)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def positional_logits(position: jax.Array, relative: jax.Array, keys: int, dtype: jnp.dtype) -> jax.Array:
+    """(q_i + v) . W_R R(i - j) of every query and key.
+
+    Args:
+      position: [N, ..., I, H] scaled queries with the bias v.
+      relative: [N, P, H] projected distances, descending, as `skew` needs them.
+      keys: J.
+      dtype: of the result.
+
+    Returns:
+      [N, ..., I, J].
+    """
+    return skew(jnp.einsum("n...h,nph->n...p", position, relative, preferred_element_type=dtype), keys)
+
+
+def _positional_forward(
+    position: jax.Array, relative: jax.Array, keys: int, dtype: jnp.dtype
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return positional_logits(position, relative, keys, dtype), (position, relative)
+
+
+def _positional_backward(
+    keys: int, dtype: jnp.dtype, saved: tuple[jax.Array, jax.Array], cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    # By hand for the order of the operands, as in `layers.linear`, and for one padding instead of two.
+    position, relative = saved
+    products = unskew(cotangent, relative.shape[1]).astype(position.dtype)
+    tokens = tuple(range(1, position.ndim - 1))
+    return (
+        jnp.einsum("n...p,nph->n...h", products, relative),
+        jax.lax.dot_general(products, position, ((tokens, tokens), ((0,), (0,)))),
+    )
+
+
+positional_logits.defvjp(_positional_forward, _positional_backward)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -129,8 +189,9 @@ def masked_softmax(logits: jax.Array, mask: jax.Array, axes: tuple[int, ...]) ->
     """
     lowest = jnp.finfo(logits.dtype).min
     logits = jnp.where(mask, logits, lowest)
-    top = jnp.max(logits, axis=axes, keepdims=True)
-    weights = jnp.where(mask, jnp.exp(logits - top), 0)
+    # Half the lowest: where nothing is left, the exponentials are 0 and not exp(lowest - lowest).
+    top = jnp.maximum(jnp.max(logits, axis=axes, keepdims=True), lowest / 2)
+    weights = jnp.exp(logits - top)
     total = jnp.sum(weights, axis=axes, keepdims=True)
     return weights / jnp.where(total > 0, total, 1)
 
@@ -234,7 +295,9 @@ class Attention(nnx.Module):
         else:
             heads = self._mix_parts(content, position, relative, key, value, valid)
         heads = checkpoint_name(heads, "mixed")
-        return checkpoint_name(jnp.einsum("n...h,nhd->...d", heads, weight(self.output, self.compute)), "added")
+        output = weight(self.output, self.compute)
+        heads = jnp.moveaxis(heads, 0, -2).reshape(*heads.shape[1:-1], -1)
+        return checkpoint_name(linear(heads, output.reshape(-1, output.shape[-1])), "added")
 
     def _mix_blocks(
         self,
@@ -310,14 +373,15 @@ class Attention(nnx.Module):
         """
         logits = jnp.einsum("n...xih,n...yjh->n...xiyj", content, key, preferred_element_type=self.statistics)
         if position is not None:
-            products = jnp.einsum("n...h,nph->n...p", position, relative, preferred_element_type=self.statistics)
-            logits = logits + skew(products, key.shape[-2])[..., None, :]
+            logits += positional_logits(position, relative, key.shape[-2], self.statistics)[..., None, :]
         probabilities = masked_softmax(logits, mask, (-2, -1)).astype(self.compute)
         return jnp.einsum("n...xiyj,n...yjh->n...xih", probabilities, value)
 
     def _heads(self, x: jax.Array, kernel: nnx.Param) -> jax.Array:
         """[..., D] to [N, ..., H]."""
-        return jnp.einsum("...d,dnh->n...h", x, weight(kernel, self.compute))
+        kernel = weight(kernel, self.compute)
+        width, *heads = kernel.shape
+        return jnp.moveaxis(linear(x, kernel.reshape(width, -1)).reshape(*x.shape[:-1], *heads), -2, 0)
 
     def _biased(self, query: jax.Array, bias: nnx.Param) -> jax.Array:
         """(q + bias) / sqrt(H) of q [N, ..., H]."""

@@ -1,5 +1,6 @@
 """The small parts every block is made of: parameters with named axes, RMSNorm, feed-forward, token embedding."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -59,6 +60,27 @@ def weight(param: nnx.Param, dtype: jnp.dtype) -> jax.Array:
     """A parameter as it is used: in the compute dtype and brought together over fsdp."""
     # The name lets `remat` drop the gathered copy, which a backward pass would otherwise keep for every layer.
     return checkpoint_name(rules.gather(param[...].astype(dtype), param.axes), "weight")
+
+
+@jax.custom_vjp
+def linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [..., D] times kernel [D, F]: [..., F]."""
+    return x @ kernel
+
+
+def _linear_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return x @ kernel, (x, kernel)
+
+
+def _linear_backward(saved: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # By hand for the order of the operands: JAX's own gives the transposed gradient of the kernel, whose product runs
+    # at half the speed on a CPU.
+    x, kernel = saved
+    tokens = tuple(range(x.ndim - 1))
+    return cotangent @ kernel.T, jax.lax.dot_general(x, cotangent, ((tokens, tokens), ((), ())))
+
+
+linear.defvjp(_linear_forward, _linear_backward)
 
 
 def remat(config: RetroConfig, function: Callable[..., Any], *, scanned: bool = False) -> Callable[..., Any]:
@@ -151,9 +173,33 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] to [..., D], dtype kept."""
-        y = x.astype(self.statistics)
-        inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
-        return (y * inverse_rms * self.scale[...]).astype(x.dtype)
+        return normalise(x, self.scale[...], self.epsilon)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def normalise(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+    """x / rms(x) * scale over the last axis, computed in scale's dtype: [..., D] to [..., D] in x's dtype."""
+    return _normalise(x, scale, epsilon)[0]
+
+
+def _normalise(x: jax.Array, scale: jax.Array, epsilon: float) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    y = x.astype(scale.dtype)
+    inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + epsilon)
+    return (y * inverse_rms * scale).astype(x.dtype), (x, inverse_rms, scale)
+
+
+def _normalise_backward(_: float, saved: tuple[jax.Array, ...], cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # By hand, so that the input and one number a row are all that is kept.
+    x, inverse_rms, scale = saved
+    unit = x.astype(scale.dtype) * inverse_rms
+    cotangent = cotangent.astype(scale.dtype)
+    scaled = cotangent * scale
+    along = jnp.mean(scaled * unit, axis=-1, keepdims=True)
+    gradient = (inverse_rms * (scaled - unit * along)).astype(x.dtype)
+    return gradient, jnp.sum(cotangent * unit, axis=tuple(range(x.ndim - 1)))
+
+
+normalise.defvjp(_normalise, _normalise_backward)
 
 
 @jax.custom_jvp
@@ -191,8 +237,8 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] to [..., D]."""
-        hidden = checkpoint_name(self.norm(x) @ weight(self.up, x.dtype), "hidden")
-        return x + checkpoint_name(gelu(hidden) @ weight(self.down, x.dtype), "added")
+        hidden = checkpoint_name(linear(self.norm(x), weight(self.up, x.dtype)), "hidden")
+        return x + checkpoint_name(linear(gelu(hidden), weight(self.down, x.dtype)), "added")
 
 
 class Embedding(nnx.Module):

@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 from small import QUICK, SMALL, graph, inputs, random_parameters
 
 from retro_jax.model import attention, layer_shapes
-from retro_jax.model.attention import causal_blocks, masked_softmax, positions, rotate, rotation, sinusoid, skew
+from retro_jax.model.attention import (
+    causal_blocks,
+    masked_softmax,
+    positions,
+    rotate,
+    rotation,
+    sinusoid,
+    skew,
+    unskew,
+)
 from retro_jax.model.chunked_cross_attention import attending_chunks, cca_positions, positions_of_chunks
 from retro_jax.model.encoder import encoder_positions
 from retro_jax.model.presets import preset
@@ -25,7 +34,7 @@ sizes = st.integers(1, 5)
 @modest
 @given(sizes, sizes)
 def test_skew_equals_gathering_each_distance(queries, keys):
-    products = np.random.default_rng(0).normal(size=(2, queries, queries + keys - 1))
+    products = np.random.default_rng(0).normal(size=(2, queries, queries + keys))
     i, j = np.indices((queries, keys))
     expected = products[:, i, j + queries - 1 - i]
     np.testing.assert_array_equal(skew(jnp.asarray(products), keys), expected)
@@ -42,12 +51,22 @@ def test_skew_of_the_causal_half_is_exact_where_causal(length):
 
 
 @modest
+@given(sizes, sizes, st.booleans())
+def test_unskew_is_the_transpose_of_skew(queries, keys, causal):
+    distances = keys + 1 if causal else queries + keys
+    shape = jax.ShapeDtypeStruct((2, queries, distances), np.float64)
+    logits = np.random.default_rng(0).normal(size=(2, queries, keys))
+    (expected,) = jax.linear_transpose(lambda products: skew(products, keys), shape)(logits)
+    np.testing.assert_array_equal(unskew(jnp.asarray(logits), distances), expected)
+
+
+@modest
 @given(sizes, sizes, st.integers(-5, 9))
 def test_positions_line_up_with_the_distance_of_each_pair(queries, keys, offset):
     where = positions(SMALL, query_width=8, head_size=4, queries=queries, keys=keys, offset=offset)
-    assert where.sinusoids.shape == (queries + keys - 1, 8)
+    assert where.sinusoids.shape == (queries + keys, 8)
     # One product per distance, laid out as attention does it: query i holds every distance's vector.
-    aligned = skew(jnp.broadcast_to(where.sinusoids.T[:, None], (8, queries, queries + keys - 1)), keys)
+    aligned = skew(jnp.broadcast_to(where.sinusoids.T[:, None], (8, queries, queries + keys)), keys)
     i, j = np.indices((queries, keys))
     expected = sinusoid(jnp.asarray((i - j + offset).ravel()), 8, jnp.float64).reshape(queries, keys, 8)
     np.testing.assert_allclose(np.moveaxis(aligned, 0, -1), expected, rtol=0, atol=1e-12)
@@ -62,9 +81,9 @@ def test_cca_and_encoder_distances_are_those_of_the_paper():  # spec 11.1 [9]
         return np.round(np.arcsin(np.asarray(where.sinusoids)[:, width // 2 - 1]) / slowest).astype(int)
 
     cca = distances(cca_positions(config, 128), config.width)
-    assert cca.tolist() == list(range(126, -65, -1))
+    assert cca.tolist() == list(range(126, -66, -1))
     enc = distances(encoder_positions(config, 128, keys=64), config.encoder_width)
-    assert enc.tolist() == list(range(127, -64, -1))
+    assert enc.tolist() == list(range(127, -65, -1))
 
 
 @modest
