@@ -1,5 +1,7 @@
 """Every recipe of experiments/ is a valid configuration; the paper's have the paper's numbers."""
 
+import dataclasses
+import re
 import runpy
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import pytest
 
 from retro_jax.config import TrainConfig, from_config_dict
 from retro_jax.errors import UserError
+from retro_jax.model.parameters import matrix_parameters
 from retro_jax.training.optimizer import learning_rate
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
@@ -39,3 +42,54 @@ def test_an_argument_chooses_the_baseline_and_a_wrong_one_is_named():
     assert recipe("demo.py", "demo-baseline").model.is_baseline
     with pytest.raises(UserError, match="did you mean 'demo-baseline'"):
         recipe("demo.py", "demo-baselin")
+
+
+# Matrices of the parts of the paper's smallest model (paper table 2; the sum is its 172 M).
+DECODER, ENCODER_LAYER, CONDITIONING, CCA = 132_120_576, 11_010_048, 4_587_520, 4_587_520
+RETRO = DECODER + 2 * ENCODER_LAYER + CONDITIONING
+
+
+@pytest.mark.parametrize(
+    ("name", "matrices", "neighbours", "bits_per_byte"),
+    [
+        ("default", RETRO + 3 * CCA, 2, "0.822"),
+        ("no-query-conditioning", RETRO + 3 * CCA - CONDITIONING, 2, "0.829"),
+        ("shared-embeddings", RETRO + 3 * CCA, 2, "0.823"),
+        ("6-layer-encoder", RETRO + 3 * CCA + 4 * ENCODER_LAYER, 2, "0.821"),
+        ("no-retrieval", DECODER, 2, "0.987"),
+        ("1-neighbour", RETRO + 3 * CCA, 1, "0.858"),
+        ("4-neighbours", RETRO + 3 * CCA, 4, "0.847"),
+        ("cca-1", RETRO + CCA, 2, "0.827"),
+        ("cca-6", RETRO + CCA, 2, "0.823"),
+        ("cca-12", RETRO + CCA, 2, "0.831"),
+        ("cca-all", RETRO + 12 * CCA, 2, "0.860"),
+        ("cca-every-3-from-1", RETRO + 4 * CCA, 2, "0.823"),
+    ],
+)
+def test_ablations_change_what_the_papers_table_13_says(name, matrices, neighbours, bits_per_byte):
+    config = recipe("ablations.py", name)
+    assert matrix_parameters(config.model)["total"] == matrices
+    assert config.data.neighbours == neighbours
+    assert (config.steps, config.batch_size) == (300_000, 256)
+    document = runpy.run_path(str(EXPERIMENTS / "ablations.py"))["__doc__"]
+    assert re.search(rf"^ +{name} .* {bits_per_byte}$", document, re.MULTILINE)
+
+
+def test_every_ablation_is_listed_and_a_wrong_name_is_answered_with_the_nearest():
+    ablations = runpy.run_path(str(EXPERIMENTS / "ablations.py"))
+    listed = re.findall(r"^    (\S+) .*0\.\d{3}$", ablations["__doc__"], re.MULTILINE)
+    assert listed == list(ablations["MODELS"])
+    assert recipe("ablations.py", "shared-embeddings").model.share_embeddings
+    assert recipe("ablations.py", "cca-12").model.cca_layers == (12,)
+    with pytest.raises(UserError, match="did you mean 'cca-all'"):
+        recipe("ablations.py", "cca-al")
+
+
+@pytest.mark.parametrize("size", ["172m", "425m", "1.5b", "7.5b"])
+def test_the_paper_recipe_has_every_size_and_its_baseline(size):
+    retro, baseline = recipe("paper.py", size), recipe("paper.py", f"{size}-baseline")
+    assert baseline.model.is_baseline and not retro.model.is_baseline
+    assert dataclasses.replace(retro.model, cca_layers=()) == baseline.model
+    assert dataclasses.replace(retro, model=baseline.model) == baseline
+    document = runpy.run_path(str(EXPERIMENTS / "paper.py"))["__doc__"]
+    assert f"{size} 0." in " ".join(document.split())
