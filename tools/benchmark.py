@@ -1,50 +1,69 @@
-"""Speed, as one JSON line a result: training steps on synthetic batches, and reading of real sequences.
+"""Speed, as one JSON line a result: training steps, beside the baseline's or a peer's, and reading of sequences.
 
-    python tools/benchmark.py train --preset=tiny --batch_size=4 --length=512
+    python tools/benchmark.py train --shape=tiny
+    python tools/benchmark.py train --shape=small --peer=retro-pytorch
+    python tools/benchmark.py train --preset=425m --length=2048 --batch_size=16 --dtype=bfloat16
     python tools/benchmark.py data --sequences=demo/sequences --batch_size=32
 
-`train` measures a RETRO and then the baseline with the same decoder in the same process, and gives their ratio; `data`
-measures how fast batches are read, shuffled and stacked. Without a name both run (`data` when there are sequences).
+Every side is measured in a process of its own, so that its peak memory is its own, and the sides take turns. `train`
+gives our step beside that of the baseline with the same decoder, or, with --peer, beside the PyPI package retro-pytorch
+at the same shapes (in an environment that is made on first use); the last line then has the ratios. `data` reads from
+a cold start, --sequences or synthetic ones. Without a name both run.
 """
 
-import dataclasses
+import importlib.metadata
 import json
+import os
 import platform
-import statistics
+import subprocess
+import sys
+import tempfile
 import time
+from pathlib import Path
+from typing import Any
 
-import jax
-import numpy as np
 from absl import flags
+from benchmarks import children, reading, retro_pytorch, train
 
 from retro_jax import program
-from retro_jax.config import OptimizerConfig, RetroConfig, TrainConfig
-from retro_jax.data.batches import Batches
-from retro_jax.data.sequences import SequenceSource
-from retro_jax.data.tokenizer import BOS_ID, PAD_ID
+from retro_jax.config import DataConfig, OptimizerConfig, TrainConfig
+from retro_jax.data.records import SequenceSchema
 from retro_jax.errors import UserError
-from retro_jax.parallel import rules
-from retro_jax.parallel.mesh import create_mesh
-from retro_jax.training.optimizer import create_optimizer
-from retro_jax.training.state import initialise, plan_model
-from retro_jax.training.step import make_train_step
 
 BENCHMARKS = ("train", "data")
+ROOT = Path(__file__).resolve().parent.parent
+# What changes the speed without being in a configuration; both sides of a comparison get it.
+_VARIABLES = ("XLA_FLAGS", "JAX_PLATFORMS", "GLIBC_TUNABLES", "LD_PRELOAD", "MALLOC_ARENA_MAX", "OMP_NUM_THREADS")
 
-_PRESET = flags.DEFINE_string("preset", "tiny", "Architecture of `train`.")
-_DTYPE = flags.DEFINE_string("dtype", "float32", "Compute dtype of `train`.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "Sequences of a step.", lower_bound=1)
-_LENGTH = flags.DEFINE_integer("length", 512, "Tokens of a synthetic sequence.", lower_bound=64)
-_K = flags.DEFINE_integer("k", 2, "Neighbours of a chunk.", lower_bound=1)
-_STEPS = flags.DEFINE_integer("steps", 10, "Steps measured, after two that warm up.", lower_bound=1)
-_SEQUENCES = flags.DEFINE_string("sequences", None, "Sequences directory of `data`.")
+_SHAPE = flags.DEFINE_enum("shape", None, [*train.SHAPES], "A named shape; the flags below then change single parts.")
+_PRESET = flags.DEFINE_string("preset", None, "Architecture of `train`; default tiny.")
+_VOCAB_SIZE = flags.DEFINE_integer("vocab_size", None, "Vocabulary; default the preset's.", lower_bound=1)
+_LENGTH = flags.DEFINE_integer("length", None, "Tokens of a sequence; default 512.", lower_bound=64)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Sequences of a step; default 4.", lower_bound=1)
+_K = flags.DEFINE_integer("k", None, "Neighbours of a chunk; default 2.", lower_bound=1)
+_DTYPE = flags.DEFINE_list("dtype", ["float32"], "Compute dtypes of `train`, one after the other.")
+_REMAT = flags.DEFINE_string("remat", None, "What the backward pass computes again; default the preset's.")
+_POSITIONS = flags.DEFINE_string("positions", None, "transformer_xl or rope; default the preset's.")
+_MICROBATCHES = flags.DEFINE_integer("microbatches", 1, "Parts that a batch is computed in.", lower_bound=1)
+_MESH = flags.DEFINE_string("mesh", "", "Devices along the mesh's axes, as data=2,fsdp=1.")
+_STEPS = flags.DEFINE_integer("steps", 12, "Steps that count, over all rounds.", lower_bound=1)
+_WARMUP = flags.DEFINE_integer("warmup", 3, "Steps before them, in every round.", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", None, "Turns of every side; default 3 with a peer, else 1.", lower_bound=1)
+_CORES = flags.DEFINE_integer("cores", 0, "Processor cores a side may use; 0 for all.", lower_bound=0)
+_CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 0, "Devices that JAX makes of the CPU; 0 for one.", lower_bound=0)
+_BASELINE = flags.DEFINE_bool("baseline", True, "Measure the baseline too, where there is no peer.")
+_PEER = flags.DEFINE_enum("peer", None, [*train.PEERS], "A peer that is measured in turn with us, on the CPU.")
+_PEER_TORCH = flags.DEFINE_string("peer_torch", retro_pytorch.TORCH, "What is installed as the peer's torch.")
+_PEER_PYTHON = flags.DEFINE_string("peer_python", None, "An interpreter that has the peer; no environment is made.")
+_SEQUENCES = flags.DEFINE_string("sequences", None, "Sequences directory; default random tokens.")
+_BATCHES = flags.DEFINE_integer("batches", None, "Batches that `data` reads; default 2,000 sequences.", lower_bound=2)
 
 
 def main(names: list[str]) -> None:
-    chosen = names or (["train", "data"] if _SEQUENCES.value else ["train"])
-    for name in chosen:
+    for name in names:
         if name not in BENCHMARKS:
             raise UserError(f"benchmark {name!r} is none of {', '.join(BENCHMARKS)}")
+    chosen = names or list(BENCHMARKS)
     if "train" in chosen:
         benchmark_train()
     if "data" in chosen:
@@ -52,91 +71,109 @@ def main(names: list[str]) -> None:
 
 
 def benchmark_train() -> None:
-    config = RetroConfig.preset(_PRESET.value, dtype=_DTYPE.value)
-    if config.is_baseline:
-        raise UserError("--preset names a RETRO; its baseline is measured with it")
-    seconds = {}
-    for name, model in (("retro", config), ("baseline", dataclasses.replace(config, cca_layers=()))):
-        seconds[name] = _step_seconds(model)
-    median = statistics.median(seconds["retro"])
-    tokens = _BATCH_SIZE.value * _LENGTH.value
-    _report(
-        "train",
-        preset=_PRESET.value,
-        dtype=_DTYPE.value,
-        batch_size=_BATCH_SIZE.value,
-        length=_LENGTH.value,
-        k=_K.value,
-        step_seconds_median=median,
-        step_seconds_p90=float(np.quantile(seconds["retro"], 0.9)),
-        target_tokens_per_second=tokens / median,
-        processed_tokens_per_second=tokens * (1 + _K.value * config.neighbour_length / config.chunk_length) / median,
-        baseline_step_seconds_median=statistics.median(seconds["baseline"]),
-        step_time_ratio_to_baseline=median / statistics.median(seconds["baseline"]),
-    )
-
-
-def _step_seconds(model: RetroConfig) -> list[float]:
-    config = TrainConfig(model=model, optimizer=OptimizerConfig(warmup_steps=1), batch_size=_BATCH_SIZE.value)
-    mesh = create_mesh(config.mesh)
-    plan = plan_model(model, mesh)
-    optimizer = create_optimizer(config.optimizer, config.steps, plan.axes)
-    state = initialise(model, plan, optimizer, mesh, seed=0)
-    step = make_train_step(config, plan, optimizer, mesh, unscored=(PAD_ID, BOS_ID))
-    generator = np.random.default_rng(0)
-    chunks = _LENGTH.value // model.chunk_length
-    shapes = {"tokens": (_BATCH_SIZE.value, _LENGTH.value + 1)}
-    if not model.is_baseline:
-        shapes["neighbours"] = (_BATCH_SIZE.value, chunks, _K.value, model.neighbour_length)
-    batch = {
-        name: jax.device_put(
-            generator.integers(4, model.vocab_size, shape).astype(np.int32), rules.batch_sharding(mesh)
-        )
-        for name, shape in shapes.items()
-    }
-    seconds = []
-    for _ in range(_STEPS.value + 2):
-        begun = time.perf_counter()
-        state, metrics = step(state, batch)
-        jax.block_until_ready(metrics)
-        seconds.append(time.perf_counter() - begun)
-    return seconds[2:]
+    rounds = _ROUNDS.value or (3 if _PEER.value else 1)
+    plan = train.Plan(_STEPS.value, _WARMUP.value, rounds, _CORES.value, _CPU_DEVICES.value)
+    configs = [_config(dtype) for dtype in _DTYPE.value]
+    if not _PEER.value:
+        for config in configs:
+            measured = train.against_baseline if _BASELINE.value else train.alone
+            _report(measured(config, plan))
+        return
+    for config in configs:
+        retro_pytorch.job(config, compiled=False)  # what the peer cannot do is said before anything is installed
+    python = retro_pytorch.environment(_PEER_PYTHON.value, _PEER_TORCH.value)
+    lines = [line for config in configs for line in train.against_peer(config, plan, python)]
+    for line in sorted(lines, key=lambda line: line["benchmark"] == "comparison"):
+        _report(line)
 
 
 def benchmark_data() -> None:
-    if not _SEQUENCES.value:
-        raise UserError("the benchmark `data` needs --sequences, the output of tools/write_sequences.py")
-    source = SequenceSource(_SEQUENCES.value)
-    batches = Batches([source], batch_size=_BATCH_SIZE.value, seed=0)
-    count = max(20, 2000 // _BATCH_SIZE.value)
-    with batches.iterate() as stream:
-        next(stream)
-        begun = time.perf_counter()
-        for _ in range(count):
-            next(stream)
-        seconds = time.perf_counter() - begun
-    sequences = count * _BATCH_SIZE.value
-    _report(
-        "data",
-        batch_size=_BATCH_SIZE.value,
-        length=source.schema.length,
-        k=source.schema.neighbours,
-        sequences_per_second=sequences / seconds,
-        target_tokens_per_second=sequences * source.schema.length / seconds,
+    batch_size = _value("batch_size")
+    job = {
+        "batch_size": batch_size,
+        "batches": _BATCHES.value or max(20, 2000 // batch_size),
+        "cores": _CORES.value,
+    }
+    if _SEQUENCES.value:
+        _report({"benchmark": "data", **_read({**job, "sequences": _SEQUENCES.value})})
+        return
+    model = train.model_of(_value("preset"), _value("vocab_size"))
+    schema = SequenceSchema(_value("length"), model.chunk_length, _value("k"), model.neighbour_length, model.vocab_size)
+    with tempfile.TemporaryDirectory() as directory:
+        sequences = Path(directory) / "sequences"
+        reading.write_synthetic(sequences, schema, 2 * batch_size * job["batches"])
+        _report({"benchmark": "data", "synthetic": True, **_read({**job, "sequences": str(sequences)})})
+
+
+def _read(job: dict[str, Any]) -> dict[str, Any]:
+    return children.run(sys.executable, "benchmarks.reading", {**job, "launched": time.time()})
+
+
+def _config(dtype: str) -> TrainConfig:
+    changes = {"remat": _REMAT.value, "positions": _POSITIONS.value}
+    model = train.model_of(
+        _value("preset"),
+        _value("vocab_size"),
+        dtype=dtype,
+        **{name: value for name, value in changes.items() if value is not None},
+    )
+    return TrainConfig(
+        model=model,
+        data=DataConfig(
+            sequences=(_SEQUENCES.value,) if _SEQUENCES.value else (), length=_value("length"), neighbours=_value("k")
+        ),
+        optimizer=OptimizerConfig(warmup_steps=1),
+        mesh=train.parse_mesh(_MESH.value),
+        batch_size=_value("batch_size"),
+        microbatches=_MICROBATCHES.value,
     )
 
 
-def _report(name: str, **values: object) -> None:
-    device = jax.devices()[0]
-    line = {
-        "benchmark": name,
-        **values,
-        "devices": f"{jax.device_count()} x {device.device_kind}",
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-    }
-    print(json.dumps(line))
+def _value(name: str) -> Any:
+    """A flag that was given, else the shape's part, else that of the shape tiny (with the preset's own vocabulary)."""
+    given = flags.FLAGS[name].value
+    if given is not None:
+        return given
+    shape = train.SHAPES[_SHAPE.value] if _SHAPE.value else {**train.SHAPES["tiny"], "vocab_size": 0}
+    return shape[name]
+
+
+def _report(line: dict[str, Any]) -> None:
+    benchmark = line.pop("benchmark")
+    print(
+        json.dumps(
+            {
+                "benchmark": benchmark,
+                "shape": _SHAPE.value,
+                "commit": _commit(),
+                **line,
+                "environment": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
+                "processor": _processor(),
+                "python": platform.python_version(),
+                **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
+            }
+        ),
+        flush=True,
+    )
+
+
+def _commit() -> str | None:
+    """What is checked out, `-dirty` when files differ from it; None outside a repository."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return result.stdout.strip() or None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.machine()
+    names = {line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")}
+    return ", ".join(sorted(names)) or platform.machine()
 
 
 if __name__ == "__main__":
