@@ -1,0 +1,223 @@
+"""Floating-point operations of the model in closed form, and the share of a chip's peak that they make (MFU).
+
+Two per multiply-add, matrix products only: what stands beside them (norms, softmax, GELU) is below a few per cent.
+
+- Model FLOPs are what the mathematics asks for: one forward pass, and a backward pass of twice as much. Decoder
+  self-attention is causal, so half of its T x T products count (`causal=True`; with False all of them, as some
+  published figures do). What is computed again to save memory does not count.
+- Hardware FLOPs are what the program executes: recomputation, and masked or padded products where the code does them.
+
+    MFU = step_flops / (peak_flops * seconds of a step * chips)       HFU = hardware_flops / (same)
+
+B sequences of T tokens in L = T // M chunks with K neighbours of R tokens each; D, E widths of decoder and encoder.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from retro_jax.config import RetroConfig, TrainConfig
+from retro_jax.errors import UserError
+from retro_jax.model.attention import causal_blocks
+from retro_jax.parallel.chips import chip_of
+
+
+class Flops(NamedTuple):
+    """FLOPs by part: decoder self-attention and feed-forward, neighbour encoder, CCA, output head."""
+
+    decoder: float
+    encoder: float
+    cca: float
+    head: float
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+class Product(NamedTuple):
+    """The matrix products of one kind in one forward pass.
+
+    Attributes:
+      part: field of `Flops`.
+      name: what they compute: "query", "key", "value", "relative", "scores", "mixed", "added", "hidden", "down" or
+        "head"; what a block can keep for its backward pass has the name that `remat` gives it.
+      flops: of the mathematics.
+      executed: of the code, which also multiplies some of what is masked or at distances that do not occur.
+      causal: half of `flops` is masked.
+      per_batch: False for relative-position keys, which every micro-batch computes once for all its sequences.
+    """
+
+    part: str
+    name: str
+    flops: float
+    executed: float
+    causal: bool = False
+    per_batch: bool = True
+
+
+def forward_flops(config: RetroConfig, batch_size: int, length: int, neighbours: int, *, causal: bool = True) -> Flops:
+    """Model FLOPs of one forward pass.
+
+    Args:
+      config: the model.
+      batch_size: B.
+      length: T, tokens of a sequence.
+      neighbours: K; 0 is RETRO[OFF]. A baseline ignores it.
+      causal: decoder self-attention counts half of its T x T products.
+    """
+    sums = dict.fromkeys(Flops._fields, 0.0)
+    for product in _products(config, batch_size, length, neighbours):
+        sums[product.part] += product.flops / 2 if causal and product.causal else product.flops
+    return Flops(**sums)
+
+
+def step_flops(config: TrainConfig, *, causal: bool = True) -> float:
+    """Model FLOPs of one optimizer step over all devices: three times the forward pass.
+
+    Raises:
+      UserError: `data.length` is 0 (take the stored length), which this cannot know.
+    """
+    return 3 * forward_flops(config.model, *_shape(config), causal=causal).total
+
+
+def hardware_flops(config: TrainConfig) -> float:
+    """FLOPs that one optimizer step executes over all devices, recomputation and padded products included.
+
+    What several devices compute alike (relative-position keys) counts once; the exact number of a compiled program on a
+    mesh is counted by `retro_jax.parallel.hlo`.
+
+    Raises:
+      UserError: as `step_flops`.
+    """
+    total = 0.0
+    for product in _products(config.model, *_shape(config)):
+        if product.name == "head":
+            total += _head(config, product)
+        elif product.per_batch:
+            total += product.executed * (3 + _again(config.model.remat, product.name))
+        else:  # the sinusoids are constants, without a gradient
+            total += product.executed * (2 + _again(config.model.remat, product.name)) * config.microbatches
+    return total
+
+
+def peak_flops(device_kind: str, dtype: str) -> float | None:
+    """Dense peak of one chip in FLOP/s.
+
+    Args:
+      device_kind: `jax.Device.device_kind`.
+      dtype: of the operands, "bfloat16" or "float32" (at JAX's default precision: bfloat16 on TPU, TF32 on GPU).
+
+    Returns:
+      None when it is not known: a CPU, another dtype, a board that `retro_jax.parallel.chips` does not list.
+    """
+    chip = chip_of(device_kind)
+    if chip is None:
+        return None
+    return {"bfloat16": chip.bf16_flops, "float32": chip.float32_flops}.get(dtype)
+
+
+def _shape(config: TrainConfig) -> tuple[int, int, int]:
+    if not config.data.length:
+        raise UserError("FLOPs need data.length; 0 stands for the length that is stored")
+    return config.batch_size, config.data.length, config.data.neighbours
+
+
+def _head(config: TrainConfig, head: Product) -> float:
+    """The loss computes each of several blocks of logits again, and fills the last one up."""
+    vocab = config.model.vocab_size
+    blocks = math.ceil(vocab / config.vocab_block) if config.vocab_block else 1
+    if blocks == 1:
+        return 3 * head.executed
+    return 4 * head.executed * blocks * math.ceil(vocab / blocks) / vocab
+
+
+def _again(remat: str, name: str) -> int:
+    """How often the backward pass repeats a product."""
+    if remat == "none" or name == "down":  # nothing in the backward pass needs the last product of a block
+        return 0
+    return 0 if name in remat.split(",") else 1
+
+
+def _products(config: RetroConfig, batch_size: int, length: int, neighbours: int) -> Iterator[Product]:
+    """Every kind of matrix product of one forward pass; arguments as `forward_flops`."""
+    chunks = length // config.chunk_length
+    heads, encoder_heads = config.num_heads * config.head_size, config.encoder_num_heads * config.encoder_head_size
+    tokens = batch_size * length
+    yield from _times(
+        config.num_layers,
+        *_projections("decoder", (tokens, config.width), (tokens, config.width), heads),
+        *_causal_scores(config, batch_size, length, heads),
+        *_feed_forward("decoder", tokens, config.width, config.ffw_width),
+    )
+    logits = 2.0 * tokens * config.width * config.vocab_size
+    yield Product("head", "head", logits, logits)
+    if config.is_baseline or not neighbours or not chunks:
+        return
+    m, r = config.chunk_length, config.neighbour_length
+    chunked, retrieved = batch_size * chunks * m, batch_size * chunks * neighbours * r
+    decoder, encoder = (chunked, config.width), (retrieved, config.encoder_width)
+    yield from _times(
+        len(config.cca_layers),
+        *_projections("cca", decoder, encoder, heads),
+        *_scores("cca", config, decoder, neighbours * r, (r, m + r - 1), heads),
+    )
+    yield from _times(
+        config.encoder_layers,
+        *_projections("encoder", encoder, encoder, encoder_heads),
+        *_scores("encoder", config, encoder, r, (r, 2 * r - 1), encoder_heads),
+        *_feed_forward("encoder", *encoder, config.encoder_ffw_width),
+    )
+    yield from _times(
+        len(config.encoder_ca_layers),
+        *_projections("encoder", encoder, decoder, encoder_heads),
+        *_scores("encoder", config, encoder, m, (m, m + r - 1), encoder_heads),
+    )
+
+
+def _projections(part: str, queries: tuple[int, int], source: tuple[int, int], heads: int) -> list[Product]:
+    """Of `queries` and `source`, each (positions over the batch, width)."""
+    from_queries, from_source = (2.0 * math.prod(stream) * heads for stream in (queries, source))
+    flops = {"query": from_queries, "key": from_source, "value": from_source, "added": from_queries}
+    return [Product(part, name, value, value) for name, value in flops.items()]
+
+
+def _scores(
+    part: str, config: RetroConfig, queries: tuple[int, int], keys: int, places: tuple[int, int], heads: int
+) -> list[Product]:
+    """Each query with `keys` keys, and with the relative positions (that occur to one query, that are computed)."""
+    positions, width = queries
+    pairs = 2.0 * positions * keys * heads
+    found = [Product(part, "scores", pairs, pairs), Product(part, "mixed", pairs, pairs)]
+    if config.positions == "transformer_xl":
+        needed, computed = (2.0 * positions * count * heads for count in places)
+        found.append(Product(part, "scores", needed, computed))
+        found.append(_relative(part, places[1], width, heads))
+    return found
+
+
+def _causal_scores(config: RetroConfig, batch_size: int, length: int, heads: int) -> list[Product]:
+    """Decoder self-attention; the code leaves out the keys behind each block of queries."""
+    blocks = [(stop - start, stop) for start, stop in causal_blocks(length)]
+    pairs = 2.0 * batch_size * length * length * heads
+    executed = 2.0 * batch_size * heads * sum(queries * keys for queries, keys in blocks)
+    found = [Product("decoder", name, pairs, executed, causal=True) for name in ("scores", "mixed")]
+    if config.positions == "transformer_xl":
+        executed = 2.0 * batch_size * heads * sum(queries * (keys + 1) for queries, keys in blocks)
+        found.append(Product("decoder", "scores", pairs, executed, causal=True))
+        found.append(_relative("decoder", length + 1, config.width, heads))
+    return found
+
+
+def _relative(part: str, distances: int, width: int, heads: int) -> Product:
+    flops = 2.0 * distances * width * heads
+    return Product(part, "relative", flops, flops, per_batch=False)
+
+
+def _feed_forward(part: str, positions: int, width: int, hidden: int) -> list[Product]:
+    flops = 2.0 * positions * width * hidden
+    return [Product(part, name, flops, flops) for name in ("hidden", "down")]
+
+
+def _times(count: int, *layer: Product) -> Iterable[Product]:
+    return [product._replace(flops=count * product.flops, executed=count * product.executed) for product in layer]
