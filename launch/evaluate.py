@@ -2,6 +2,7 @@
 
     python launch/evaluate.py --workdir=runs/baseline,runs/retro --corpus=valid/corpus \\
         --neighbours=valid/neighbours --database=database --output=bpb.json
+    launch/local.sh -n 2 python launch/evaluate.py ...        # in several processes, with the same figures
 
 A baseline is evaluated as it is. A RETRO is evaluated OFF (no retrieval), ON, and with the neighbours of other
 documents (shuffled): when shuffled is as good as ON, retrieval is not used.
@@ -19,6 +20,7 @@ from retro_jax.data.text import METADATA_KEYS
 from retro_jax.errors import UserError
 from retro_jax.evaluation.bits_per_byte import MODES, Neighbourhood, Score, evaluate
 from retro_jax.evaluation.table import format_table
+from retro_jax.parallel import hosts
 from retro_jax.retrieval.neighbours import NeighbourTable
 from retro_jax.training.trained import TrainedRun, load_trained
 
@@ -34,10 +36,12 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Windows at a time; does not
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to evaluate; the newest by default.")
 _GROUP_BY = flags.DEFINE_string("group_by", None, "Metadata key of the documents (source, language) to report by.")
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file for the figures.")
+program.define_cluster_flags()
 flags.mark_flags_as_required(["workdir", "corpus"])
 
 
 def main() -> None:
+    program.start_cluster()
     corpus = Corpus(_CORPUS.value)
     unknown = [mode for mode in _MODES.value if mode not in MODES]
     if unknown:
@@ -49,6 +53,8 @@ def main() -> None:
     results = []
     for workdir in _WORKDIR.value:
         results += _evaluate_run(load_trained(workdir, step=_STEP.value), corpus)
+    if not hosts.is_primary():
+        return
     print(format_table(results))
     if _OUTPUT.value:
         measured = {"corpus": _CORPUS.value, "corpus_fingerprint": corpus.fingerprint, "results": results}

@@ -1,10 +1,13 @@
 """How a program of launch/ or tools/ starts and how it fails: flags, one-line errors, exit status."""
 
+import contextlib
 import errno
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 from typing import NoReturn
 
 from absl import app, flags, logging
@@ -18,6 +21,9 @@ def run(main: Callable[..., None], *, positional: bool = False) -> None:
     Unknown flags are mistakes (absl names the nearest flag), and so are positional arguments unless `positional`, when
     `main` gets their list. A full disk, a missing file and a refused permission are reported with the file's name.
     SIGINT exits with 130.
+
+    A program that has called `start_cluster` ends together with the other processes of its run: when one fails, the
+    others say which and exit with 1; when all come to their end, they part.
     """
 
     def checked(arguments: Sequence[str]) -> None:
@@ -28,18 +34,24 @@ def run(main: Callable[..., None], *, positional: bool = False) -> None:
         if len(arguments) > 1 and not positional:
             _fail(f"unexpected argument {arguments[1]!r}; every option is a --flag (try --help)")
         try:
-            main(list(arguments[1:])) if positional else main()
+            with _together():
+                main(list(arguments[1:])) if positional else main()
         except UserError as error:
             _fail(str(error))
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
-            sys.exit(128 + signal.SIGINT)
+            _exit(128 + signal.SIGINT, "interrupted")
         except BrokenPipeError:
             sys.stderr.close()  # the reader of our output has gone, and Python would complain when it flushes
             sys.exit(128 + signal.SIGPIPE)
         except OSError as error:
             name = f"{error.filename}: " if error.filename else ""
             _fail(f"{name}{_MESSAGES.get(error.errno, error.strerror or str(error))}")
+        except Exception as error:
+            if _cluster() is None:
+                raise
+            traceback.print_exc()
+            _exit(1, f"{type(error).__name__}: {error}")
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow complains of GPUs that it does not need
     app.run(checked, flags_parser=_parse_flags)
@@ -66,6 +78,67 @@ def _parse_flags(arguments: Sequence[str]) -> list[str]:
         _fail(" ".join(str(error).split()))
 
 
+def define_cluster_flags() -> None:
+    """Defines the flags by which the processes of a run find each other; for programs that call `start_cluster`."""
+    flags.DEFINE_string("coordinator", None, "HOST:PORT at which process 0 listens, for a run of several processes.")
+    flags.DEFINE_integer("num_processes", None, "Processes of the run.", lower_bound=1)
+    flags.DEFINE_integer("process_id", None, "Number of this process, from 0.", lower_bound=0)
+    flags.DEFINE_integer("cluster_timeout", 300, "Seconds to wait for the other processes at the start.", lower_bound=1)
+
+
+def start_cluster() -> None:
+    """Joins this process to the others of its run, by the flags of `define_cluster_flags` or the cluster it runs on.
+
+    The first call of a main function, before anything asks JAX for devices. Only process 0 shows progress then.
+    """
+    from retro_jax import progress
+    from retro_jax.parallel import hosts  # brings JAX, which not every program needs
+
+    # A proxy would stand between JAX and its coordinator. gRPC looks at the first of the two that is set.
+    variable = "no_grpc_proxy"
+    spared = os.environ.get(variable) or os.environ.get("no_proxy")
+    os.environ[variable] = f"{spared},{hosts.LOOPBACK}" if spared else hosts.LOOPBACK
+    values = flags.FLAGS
+    hosts.start(
+        hosts.Cluster(values.coordinator, values.num_processes, values.process_id, values.cluster_timeout), os.environ
+    )
+    if hosts.is_one_of_several() and not hosts.is_primary():
+        progress.silence()
+
+
+def _cluster() -> ModuleType | None:
+    """The module of several processes, when this one is of several."""
+    hosts = sys.modules.get("retro_jax.parallel.hosts")
+    return hosts if hosts is not None and hosts.is_one_of_several() else None
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    """Parts from the other processes of the run at the end, or finds out which of them made this one fail."""
+    try:
+        yield
+    except SystemExit:
+        if cluster := _cluster():
+            cluster.leave()  # an end that the program has chosen, as after SIGTERM
+        raise
+    except Exception:
+        if cluster := _cluster():
+            with cluster.named_failure():
+                raise
+        raise
+    if cluster := _cluster():
+        cluster.leave()
+
+
 def _fail(message: str) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(1)
+    _exit(1, message)
+
+
+def _exit(status: int, reason: str) -> NoReturn:
+    if cluster := _cluster():
+        cluster.fail(reason)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)  # JAX's own end would wait for the other processes
+    sys.exit(status)

@@ -7,6 +7,14 @@ from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 10.0
 
+_silent = False
+
+
+def silence() -> None:
+    """Shows nothing from now on: for all processes of a run but one."""
+    global _silent
+    _silent = True
+
 
 class Progress:
     """Counts work done and shows it, with rate and time left.
@@ -33,7 +41,7 @@ class Progress:
         self._start = self._last_line = time.monotonic()
         self._note = ""
         self._bar = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not _silent:
             self._bar = tqdm(total=total, initial=initial, desc=description, unit=f" {unit}", unit_scale=total > 99_999)
 
     def update(self, count: int) -> None:
@@ -60,6 +68,8 @@ class Progress:
             self._print_line()
 
     def _print_line(self) -> None:
+        if _silent:
+            return
         self._last_line = time.monotonic()
         seconds = self._last_line - self._start
         rate = (self._done - self._initial) / max(seconds, 1e-9)

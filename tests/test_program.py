@@ -56,6 +56,11 @@ def test_a_program_that_succeeds_says_nothing_on_stderr():
     assert (result.returncode, result.stdout, result.stderr) == (0, "done\n", "")
 
 
+def test_jax_comes_only_to_programs_that_may_have_several_processes():
+    result = run("assert 'jax' not in sys.modules; program.define_cluster_flags(); print('done')")
+    assert (result.returncode, result.stdout) == (0, "done\n"), result.stderr
+
+
 def test_a_reader_that_goes_away_is_no_error():
     script = PROGRAM.format(body="[print('y' * 100) for _ in range(100_000)]")
     result = subprocess.run(

@@ -46,7 +46,7 @@ class Batches:
 
     Attributes:
       batch_size: B, over all processes.
-      rows: (start, stop) of the global batch that this process reads.
+      rows: numbers of the rows of the global batch that this process reads, ascending.
       weights: share of each source, summing to 1. Grain keeps them to about one part in a hundred of the smallest.
       neighbours: K, the fewest that a source has; of the others the first K are taken.
     """
@@ -59,7 +59,7 @@ class Batches:
         seed: int,
         weights: Sequence[float] | None = None,
         shuffle: bool = True,
-        rows: tuple[int, int] | None = None,
+        rows: Sequence[int] | None = None,
     ) -> None:
         """Lays out the order.
 
@@ -69,13 +69,13 @@ class Batches:
           seed: of the shuffles.
           weights: of the sources in the mixture; default their numbers of sequences.
           shuffle: False takes each source in its stored order.
-          rows: rows of the global batch that this process reads; default all.
+          rows: numbers of the rows of the global batch that this process reads, ascending; default all.
 
         Raises:
           UserError: no or empty sources, sources that do not fit together, impossible weights, batch size or rows.
         """
         weights = [len(source) for source in sources] if weights is None else list(weights)
-        rows = (0, batch_size) if rows is None else tuple(rows)
+        rows = tuple(range(batch_size) if rows is None else rows)
         _check(sources, batch_size, seed, weights, rows)
         self.batch_size = batch_size
         self.rows = rows
@@ -94,8 +94,7 @@ class Batches:
 
     def examples(self, first: int, count: int) -> dict[str, np.ndarray]:
         """Examples first to first + count - 1 of the order, each feature stacked on a new first axis."""
-        rows = [self._read(self._order[example]) for example in range(first, first + count)]
-        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        return self._stacked(range(first, first + count))
 
     def at(self, step: int) -> dict[str, np.ndarray]:
         """This process's rows of batch `step`, from 0."""
@@ -151,8 +150,11 @@ class Batches:
         return example
 
     def _rows_from(self, first_example: int) -> dict[str, np.ndarray]:
-        start, stop = self.rows
-        return self.examples(first_example + start, stop - start)
+        return self._stacked([first_example + row for row in self.rows])
+
+    def _stacked(self, examples: Sequence[int]) -> dict[str, np.ndarray]:
+        found = [self._read(self._order[example]) for example in examples]
+        return {name: np.stack([example[name] for example in found]) for name in found[0]}
 
 
 class BatchStream:
@@ -199,8 +201,8 @@ def _check(
         raise UserError(f"batch_size must be at least 1, is {batch_size}")
     if seed < 0:
         raise UserError(f"the seed must not be negative, is {seed}")
-    if len(rows) != 2 or not 0 <= rows[0] < rows[1] <= batch_size:
-        raise UserError(f"rows {rows} are no part of a batch of {batch_size}")
+    if not rows or list(rows) != sorted(set(rows)) or rows[0] < 0 or rows[-1] >= batch_size:
+        raise UserError(f"rows {rows} are no ascending part of a batch of {batch_size}")
     if len(weights) != len(sources):
         raise UserError(f"{len(weights)} weights for {len(sources)} data sets")
     if not all(0 < weight < float("inf") for weight in weights):

@@ -4,7 +4,8 @@ A stage writes one directory. While it works, the directory holds `plan.json` (w
 finished shards, each beside a `<shard>.done.json` with its size, checksum and counts. A shard is written under a
 temporary name, flushed to disk and renamed. When all are there, `manifest.json` is written by atomic rename and the
 side files are removed. No manifest: no data set. A stage started again on its own directory goes on after the last
-finished shard; started with other settings or inputs it refuses and names the difference.
+finished shard; started with other settings or inputs it refuses and names the difference. An unfinished directory is
+locked by the process that writes it: a second one is refused.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from retro_jax.errors import UserError
+from retro_jax.lock import LOCK, DirectoryLock
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -176,7 +178,8 @@ class Stage:
           inputs: fingerprints of what it is made from.
 
         Raises:
-          UserError: the directory holds something else, or was begun with other settings or inputs.
+          UserError: the directory holds something else, or was begun with other settings or inputs, or another
+            process is writing it.
         """
         self.directory = Path(directory)
         self.name = name
@@ -188,8 +191,18 @@ class Stage:
         if self.directory.exists() and not self.directory.is_dir():
             raise UserError(f"{self.directory} is a file; the {name} stage needs a directory")
         self.directory.mkdir(parents=True, exist_ok=True)
+        self._lock: DirectoryLock | None = None
+        if not (self.directory / MANIFEST).is_file() and not self._holds_something_else():
+            self._lock = DirectoryLock(self.directory, "wait for it, or give another directory")
+        try:
+            self._open()
+        except BaseException:
+            self._release()
+            raise
+
+    def _open(self) -> None:
         if (self.directory / MANIFEST).is_file():
-            manifest = load_manifest(self.directory, name)
+            manifest = load_manifest(self.directory, self.name)
             self._refuse_difference(
                 {
                     "stage": manifest.stage,
@@ -203,8 +216,8 @@ class Stage:
         elif (self.directory / PLAN).is_file():
             self._refuse_difference(json.loads((self.directory / PLAN).read_text(encoding="utf-8")))
             self._load_finished_shards()
-        elif any(not path.name.startswith(TEMPORARY) for path in self.directory.iterdir()):
-            raise UserError(f"{self.directory} is not empty and holds no {name} stage; give another directory")
+        elif self._holds_something_else():
+            raise UserError(f"{self.directory} is not empty and holds no {self.name} stage; give another directory")
         else:
             self._remove_leftovers()
             write_json(self.directory / PLAN, self._plan)
@@ -215,6 +228,7 @@ class Stage:
     def __exit__(self, kind: type | None, *_: object) -> None:
         if kind is not None and not self._shards and not self.complete:
             self.discard()  # nothing was finished: a mended input must not find the traces of the bad one
+        self._release()
 
     @property
     def complete(self) -> bool:
@@ -260,8 +274,17 @@ class Stage:
             (self.directory / (shard.name + _DONE)).unlink(missing_ok=True)
         self._shards = {}
         (self.directory / PLAN).unlink(missing_ok=True)
+        self._release()
         with contextlib.suppress(OSError):
             self.directory.rmdir()
+
+    def _holds_something_else(self) -> bool:
+        names = {path.name for path in self.directory.iterdir()}
+        return PLAN not in names and any(name != LOCK and not name.startswith(TEMPORARY) for name in names)
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
     def _refuse_difference(self, found: dict[str, Any]) -> None:
         for path, old, new in _differences(found, self._plan):

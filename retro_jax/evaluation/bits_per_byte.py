@@ -19,7 +19,7 @@ from retro_jax.data.corpus import Corpus
 from retro_jax.data.tokenizer import EOS_ID, PAD_ID
 from retro_jax.errors import UserError
 from retro_jax.evaluation.windows import Window, check_window, document_windows
-from retro_jax.parallel import rules
+from retro_jax.parallel import hosts, rules
 from retro_jax.progress import Progress
 from retro_jax.training.loss import token_nats
 from retro_jax.training.state import ModelPlan
@@ -111,6 +111,8 @@ def evaluate(
 ) -> dict[str, Score]:
     """Scores every byte of every document of a corpus once.
 
+    Several processes call this alike: each reads the neighbours of its rows of a batch, and all get the same scores.
+
     Args:
       plan, params: the model.
       corpus: what is scored.
@@ -140,6 +142,8 @@ def evaluate(
     ]
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     batch_size = -(-min(batch_size, len(windows)) // rows) * rows
+    sharding = rules.batch_sharding(mesh)
+    own_rows = hosts.batch_rows(sharding, batch_size)
     nats_of = _make_scorer(plan, mesh, vocab_block)
     token_bytes = corpus.tokenizer.token_bytes
 
@@ -148,8 +152,13 @@ def evaluate(
         scores[group_by(document)] += Score(documents=1)
     with Progress(description, total=len(windows), unit="windows") as progress:
         for batch in _batches(windows, batch_size):
-            arrays = reader.read(batch, batch_size)
-            labels = arrays["labels"]
+            text = reader.text(batch, batch_size)
+            own = {name: array[list(own_rows)] for name, array in text.items()}
+            if neighbourhood is not None:
+                own_windows = [batch[row] for row in own_rows if row < len(batch)]
+                own["neighbours"] = reader.neighbours(own_windows, len(own_rows))
+            arrays = hosts.to_global(own, own_rows, batch_size, sharding)
+            labels = text["labels"]
             nats = np.asarray(nats_of(params, arrays), np.float64)
             for row, window_ in enumerate(batch):
                 first = window_.scored_from - 1 - window_.start
@@ -183,11 +192,13 @@ def _batches(windows: Sequence[Window], size: int) -> Iterator[Sequence[Window]]
 
 def _make_scorer(plan: ModelPlan, mesh: Mesh, vocab_block: int) -> Callable[[nnx.State, dict[str, Any]], jax.Array]:
     def nats(params: nnx.State, arrays: dict[str, jax.Array]) -> jax.Array:
-        model = plan.merge(params)
-        hidden = model.hidden(arrays["tokens"], arrays.get("neighbours"))
-        return token_nats(hidden, model.head_kernel(), arrays["labels"], block=vocab_block)
+        with rules.use(mesh):
+            model = plan.merge(params)
+            hidden = model.hidden(arrays["tokens"], arrays.get("neighbours"))
+            return token_nats(hidden, model.head_kernel(), arrays["labels"], block=vocab_block)
 
-    return jax.jit(nats, in_shardings=(None, rules.batch_sharding(mesh)))
+    # Every process counts every row, in the same order: the sums are the same on any number of processes.
+    return jax.jit(nats, in_shardings=(None, rules.batch_sharding(mesh)), out_shardings=rules.replicated(mesh))
 
 
 class _WindowReader:
@@ -204,27 +215,31 @@ class _WindowReader:
         first, chunks = self._corpus.document_range(document)
         return int(self._corpus.lengths(np.arange(first, first + chunks)).sum())
 
-    def read(self, windows: Sequence[Window], batch_size: int) -> dict[str, np.ndarray]:
-        """tokens, labels [B, W] int32 and, with retrieval, neighbours [B, W/M, K, R]; PAD beyond a window's end."""
-        M = self._corpus.chunk_length
+    def text(self, windows: Sequence[Window], batch_size: int) -> dict[str, np.ndarray]:
+        """tokens, labels [B, W] int32; PAD beyond a window's end and in rows without a window."""
         tokens = np.full((batch_size, self._window), PAD_ID, np.int32)
         labels = np.full((batch_size, self._window), PAD_ID, np.int32)
-        ids = None
-        if self._neighbourhood is not None:
-            ids = np.full((batch_size, self._window // M, self._neighbourhood.k), -1, np.int64)
         for row, window in enumerate(windows):
-            first, chunks = self._corpus.document_range(window.document)
-            own = np.arange(first + window.start // M, first + chunks)[: self._window // M + 1]
-            text = self._corpus.tokens(own).reshape(-1)
+            text = self._corpus.tokens(self._chunk_ids(window)).reshape(-1)
             tokens[row, : window.length] = text[: window.length]
             labels[row, : window.length] = text[1 : window.length + 1]
+        return {"tokens": tokens, "labels": labels}
+
+    def neighbours(self, windows: Sequence[Window], batch_size: int) -> np.ndarray:
+        """Neighbours [B, W/M, K, R] int32 of the complete chunks; PAD elsewhere."""
+        M = self._corpus.chunk_length
+        ids = np.full((batch_size, self._window // M, self._neighbourhood.k), -1, np.int64)
+        for row, window in enumerate(windows):
             complete = window.length // M
-            if ids is not None and complete:
-                ids[row, :complete] = self._neighbour_ids(window.document, own[:complete])
-        arrays = {"tokens": tokens, "labels": labels}
-        if ids is not None:
-            arrays["neighbours"] = self._neighbourhood.database.neighbour_tokens(ids)
-        return arrays
+            if complete:
+                ids[row, :complete] = self._neighbour_ids(window.document, self._chunk_ids(window)[:complete])
+        return self._neighbourhood.database.neighbour_tokens(ids)
+
+    def _chunk_ids(self, window: Window) -> np.ndarray:
+        """Chunks of a window, and one more for its last label."""
+        M = self._corpus.chunk_length
+        first, chunks = self._corpus.document_range(window.document)
+        return np.arange(first + window.start // M, first + chunks)[: self._window // M + 1]
 
     def _neighbour_ids(self, document: int, chunk_ids: np.ndarray) -> np.ndarray:
         if self._donors is not None:

@@ -1,68 +1,123 @@
-"""Checkpoints of a run: Orbax, asynchronous, complete or not there.
+"""Checkpoints of a run: Orbax, asynchronous, complete or not there, and known to hold what was saved.
 
 A checkpoint of step s lies in `<directory>/<s>/` with the items `params` and `optimizer` (plain nested dicts of
-arrays) and, in its metadata, the state of the data: a few hundred bytes of JSON.
+arrays) and a record in its metadata: the state of the data (a few hundred bytes), the validation loss where there is
+one, and shape, type and digest of every array. All of it is committed by one rename. What is loaded must have the
+digests of the record, so a flipped bit, a file cut short and a file that is missing are all recognised.
 """
 
 import contextlib
+import dataclasses
+import functools
+import logging
+import math
 import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from retro_jax.config import CheckpointConfig
+from retro_jax.data.stage import fingerprint
 from retro_jax.errors import UserError
+from retro_jax.training.digest import digests
 from retro_jax.training.state import TrainState, from_nested_dict, to_nested_dict
 
 _KEEP = ocp.training.preservation_policies
 
 
+class Restored(NamedTuple):
+    """What a checkpoint holds: the train state, the state of the data, the validation loss of this step if any."""
+
+    state: TrainState
+    data: dict[str, Any]
+    validation_loss: float | None
+
+
 class Checkpoints:
-    """The checkpoints of one run, oldest removed as new ones come."""
+    """The checkpoints of one run. Every process of the run makes the same calls."""
 
     def __init__(self, directory: str | os.PathLike, config: CheckpointConfig) -> None:
+        """Opens or creates the directory and removes what an interrupted save left.
+
+        Kept are the newest, those whose step is a multiple of `keep_every`, and those of the best validation losses.
+        """
+        self._losses: dict[int, float] = {}
+        policies: list[Any] = [_KEEP.LatestN(config.keep_last)]
+        if config.keep_every:
+            policies.append(_KEEP.EveryNSteps(config.keep_every))
+        if config.keep_best:
+            policies.append(_LowestLoss(config.keep_best, self._losses))
         self._checkpointer = ocp.training.Checkpointer(
             Path(directory).absolute(),
-            preservation_policy=_KEEP.LatestN(config.keep_last),
+            preservation_policy=_KEEP.AnyPreservationPolicy(policies),
             cleanup_tmp_directories=True,
         )
+        for step in self.steps if config.keep_best else []:
+            with contextlib.suppress(_DamagedError):  # told when it is the one to be restored
+                self._note_loss(step, _record(self._checkpointer, step)["validation_loss"])
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
 
     @property
     def latest_step(self) -> int | None:
         """Step of the newest complete checkpoint, or None."""
-        latest = self._checkpointer.latest
-        return None if latest is None else latest.step
+        return max(self.steps, default=None)
 
-    def save(self, step: int, state: TrainState, data: dict[str, Any]) -> None:
+    def save(self, step: int, state: TrainState, data: dict[str, Any], validation_loss: float | None = None) -> None:
         """Starts saving in the background; waits for the save before it, whose failure is raised here.
+
+        Args:
+          step: finished optimizer steps.
+          state: of this step.
+          data: state of the data, plain JSON.
+          validation_loss: of this step's parameters, in nats per token, where it was measured.
 
         Raises:
           UserError: the disk is full or not writable. The checkpoints before it are untouched.
         """
-        items = {
-            "params": to_nested_dict(state.params),
-            "optimizer": to_nested_dict({"step": state.step, "state": state.opt_state}),
-        }
+        items = _items(state)
+        record = {"data": data, "validation_loss": validation_loss, "arrays": _describe(items)}
+        self._note_loss(step, validation_loss)
         with _named_failure(self._checkpointer.directory):
-            self._checkpointer.save_checkpointables_async(step, items, force=True, custom_metadata=data)
+            self._checkpointer.save_checkpointables_async(
+                step, items, force=True, custom_metadata={**record, "seal": fingerprint(record)}
+            )
 
-    def restore(self, abstract: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
-        """Reads a checkpoint into the shardings of `abstract`; returns the state and the data's state."""
-        wanted = {
-            "params": to_nested_dict(abstract.params),
-            "optimizer": to_nested_dict({"step": abstract.step, "state": abstract.opt_state}),
-        }
-        items = _load(self._checkpointer, step, wanted)
-        rest = from_nested_dict({"step": abstract.step, "state": abstract.opt_state}, items["optimizer"])
-        params = from_nested_dict(abstract.params, items["params"])
-        return TrainState(rest["step"], params, rest["state"]), items["data"]
+    def restore(self, abstract: TrainState, step: int) -> Restored:
+        """Reads a checkpoint into the shardings of `abstract`.
+
+        Raises:
+          UserError: it is damaged, or of another configuration.
+        """
+        items, record = _load(self._checkpointer, step, _items(abstract), "--resume_from={}")
+        return Restored(_state(abstract, items), record["data"], record["validation_loss"])
+
+    def discard_after(self, step: int) -> list[int]:
+        """Removes all checkpoints newer than `step`, the newest first, and gives their steps."""
+        newer = [other for other in reversed(self.steps) if other > step]
+        for other in newer:
+            self._checkpointer.delete(other)
+        return newer
 
     def wait(self) -> None:
         """Returns when the save in progress, if any, is on disk."""
         with _named_failure(self._checkpointer.directory):
             self._checkpointer.wait()
+
+    def wait_for_latest(self) -> int | None:
+        """Step of the newest complete checkpoint, that of the save in progress included."""
+        self.wait()
+        return self.latest_step
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -75,6 +130,10 @@ class Checkpoints:
         else:
             with contextlib.suppress(Exception):
                 self._checkpointer.close()
+
+    def _note_loss(self, step: int, loss: float | None) -> None:
+        if loss is not None and math.isfinite(loss):
+            self._losses[step] = loss
 
 
 def load_params(directory: str | os.PathLike, abstract: nnx.State, step: int | None = None) -> tuple[nnx.State, int]:
@@ -89,7 +148,7 @@ def load_params(directory: str | os.PathLike, abstract: nnx.State, step: int | N
       The parameters and the step they are from.
 
     Raises:
-      UserError: there is no checkpoint, or not this one, or it cannot be read.
+      UserError: there is no checkpoint, or not this one, or it is damaged or of another configuration.
     """
     directory = Path(directory).absolute()
     if not directory.is_dir():
@@ -101,21 +160,129 @@ def load_params(directory: str | os.PathLike, abstract: nnx.State, step: int | N
         if step is not None and step not in steps:
             raise UserError(f"{directory}: no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
         step = steps[-1] if step is None else step
-        items = _load(checkpointer, step, {"params": to_nested_dict(abstract)})
+        items, _ = _load(checkpointer, step, {"params": to_nested_dict(abstract)}, "--step={}")
     return from_nested_dict(abstract, items["params"]), step
 
 
-def _load(checkpointer: ocp.training.Checkpointer, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
+class _DamagedError(Exception):
+    """A checkpoint that cannot be read, or does not hold what was saved."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _LowestLoss:
+    """Keeps the checkpoints with the lowest of the losses known so far; Orbax's BestN reads a file without a seal."""
+
+    count: int
+    losses: dict[int, float]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: object) -> list[bool]:
+        known = [checkpoint.step for checkpoint in checkpoints if checkpoint.step in self.losses]
+        best = sorted(known, key=self.losses.__getitem__)[: self.count]
+        return [checkpoint.step in best for checkpoint in checkpoints]
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    """Parameters apart from the rest, so that evaluation reads a third."""
+    return {"params": to_nested_dict(state.params), "optimizer": to_nested_dict(_rest(state))}
+
+
+def _state(like: TrainState, items: dict[str, Any]) -> TrainState:
+    rest = from_nested_dict(_rest(like), items["optimizer"])
+    return TrainState(params=from_nested_dict(like.params, items["params"]), **rest)
+
+
+def _rest(state: TrainState) -> dict[str, Any]:
+    names = [field.name for field in dataclasses.fields(state) if field.name != "params"]
+    return {name: getattr(state, name) for name in names}
+
+
+def _describe(items: dict[str, Any]) -> dict[str, list[Any]]:
+    """[digest, type, shape] of every array."""
+    arrays = _flat(items)
+    found = digests(arrays)
+    return {name: [found[name], str(array.dtype), list(array.shape)] for name, array in arrays.items()}
+
+
+def _flat(items: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, item in items.items():
+        flat.update(_flat(item, f"{prefix}{name}.") if isinstance(item, dict) else {prefix + name: item})
+    return flat
+
+
+def _load(
+    checkpointer: ocp.training.Checkpointer, step: int, wanted: dict[str, Any], flag: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The wanted items and the record; `flag` names an earlier step on the command line."""
     try:
-        items = dict(checkpointer.load_checkpointables(step, wanted))
-        items["data"] = dict(checkpointer.checkpointables_metadata(step).custom_metadata)
-        return items
-    except (ValueError, KeyError, OSError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
+        record = _record(checkpointer, step)
+        _check_shapes(checkpointer.directory / str(step), record["arrays"], wanted)
+        items = _readable(lambda: dict(checkpointer.load_checkpointables(step, dict(wanted))))
+        for name, digest in digests(_flat(items)).items():
+            if digest != record["arrays"][name][0]:
+                raise _DamagedError(f"{name} is not what was saved")
+        return items, record
+    except _DamagedError as error:
+        earlier = [other.step for other in checkpointer.checkpoints if other.step < step]
+        remedy = f"{flag.format(earlier[-1])} takes the one before it" if earlier else "there is none before it"
+        raise UserError(f"{checkpointer.directory / str(step)}: damaged checkpoint ({error}); {remedy}") from error
+
+
+def _record(checkpointer: ocp.training.Checkpointer, step: int) -> dict[str, Any]:
+    found = _readable(lambda: dict(checkpointer.checkpointables_metadata(step).custom_metadata))
+    record = {name: value for name, value in found.items() if name != "seal"}
+    if found.get("seal") != fingerprint(record):
+        raise _DamagedError("its metadata is not what was saved")
+    return record
+
+
+def _readable(read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Runs a reading function of Orbax, which meets damage with exceptions of many kinds."""
+    _hush_abandoned_reads()
+    try:
+        return read()
+    except (jax.errors.JaxRuntimeError, MemoryError):
+        raise  # of the devices, the memory or another process
+    except Exception as error:
+        origin: BaseException = error  # Orbax guesses at a wrong handler; what it met first is the reason
+        while origin.__cause__ or origin.__context__:
+            origin = origin.__cause__ or origin.__context__
+        reason = re.sub(r'Error opening "\w+" driver: | \[tensorstore_spec.*', "", " ".join(str(origin).split()))
+        raise _DamagedError(f"cannot be read: {reason[:300]}") from error
+
+
+@functools.cache
+def _hush_abandoned_reads() -> None:
+    """Orbax stops at the first array that it cannot read; the reads of the others then complain on stderr, each."""
+    logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
+    warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
+    report = sys.unraisablehook
+
+    def report_others(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            report(unraisable)
+
+    sys.unraisablehook = report_others
+
+
+def _check_shapes(checkpoint: os.PathLike, saved: dict[str, list[Any]], wanted: dict[str, Any]) -> None:
+    now = {name: [str(array.dtype), list(array.shape)] for name, array in _flat(wanted).items()}
+    then = {name: rest for name, (_, *rest) in saved.items() if name.split(".", 1)[0] in wanted}
+    different = [
+        f"{name} {_in_words(then.get(name))} (the configuration: {_in_words(now.get(name))})"
+        for name in sorted(now.keys() | then.keys())
+        if now.get(name) != then.get(name)
+    ]
+    if different:
+        more = f" and {len(different) - 3} more" if len(different) > 3 else ""
         raise UserError(
-            f"{checkpointer.directory / str(step)}: checkpoint cannot be read ({reason}); "
-            f"remove this directory to go on from the checkpoint before it"
-        ) from error
+            f"{checkpoint}: checkpoint of another configuration; it has {', '.join(different[:3])}{more}; "
+            f"give the configuration it was trained with"
+        )
+
+
+def _in_words(description: list[Any] | None) -> str:
+    return f"{description[0]} {description[1]}" if description else "not there"
 
 
 class _named_failure:  # noqa: N801 (a context manager reads as a verb)

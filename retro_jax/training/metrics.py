@@ -1,6 +1,7 @@
 """Metric lines of a run: `metrics.jsonl` and TensorBoard, consistent with the checkpoint it resumes from."""
 
 import json
+import math
 import os
 import socket
 import time
@@ -11,6 +12,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 
 from retro_jax.data.stage import atomic_write
 from retro_jax.data.tfrecord import RecordWriter
+from retro_jax.training.lines import LineWriter, read_lines
 
 FILE = "metrics.jsonl"
 
@@ -18,7 +20,8 @@ FILE = "metrics.jsonl"
 class MetricsWriter:
     """Appends one JSON object a line, and the same values as TensorBoard events.
 
-    Both are written at once, without a thread between: a full disk is an error here and now.
+    Both are written at once, without a thread between: a full disk is an error here and now. A value that is not
+    finite is null in the line and left out of the events.
 
     Opened with the step a run resumes from, it drops the lines behind that step (the run had gone on after its last
     checkpoint, and writes them again) and a last line cut by a kill.
@@ -27,10 +30,10 @@ class MetricsWriter:
     def __init__(self, workdir: str | os.PathLike, resumed_step: int) -> None:
         workdir = Path(workdir)
         path = workdir / FILE
-        kept = [json.dumps(line) for line in read_metrics(workdir) if line["step"] <= resumed_step]
+        kept = [json.dumps(line) for line in read_lines(path) if line["step"] <= resumed_step]
         with atomic_write(path) as temporary:
             temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self._lines = LineWriter(path)
         events = workdir / "tensorboard" / f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"
         events.parent.mkdir(exist_ok=True)
         self._events = RecordWriter(events)
@@ -40,12 +43,13 @@ class MetricsWriter:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Writes one line; `step` counts finished optimizer steps."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        self._lines.append({"step": step, **{name: finite.get(name) for name in values}})
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in finite.items()]
         self._add_event(Event(step=step, summary=Summary(value=scalars)))
 
     def close(self) -> None:
-        self._file.close()
+        self._lines.close()
         self._events.close()
 
     def __enter__(self) -> "MetricsWriter":
@@ -61,14 +65,10 @@ class MetricsWriter:
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, float]]:
-    """The complete lines of a run's `metrics.jsonl`, in order; none when there is no file."""
-    path = Path(workdir) / FILE
-    if not path.is_file():
-        return []
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:  # cut by a kill
-            break
-    return lines
+    """The complete lines of training in a run's `metrics.jsonl`, in order; none when there is no file."""
+    return [line for line in read_lines(Path(workdir) / FILE) if "validation_loss" not in line]
+
+
+def read_validations(workdir: str | os.PathLike) -> list[dict[str, float]]:
+    """The same for the lines of validation: `step`, `validation_loss` and, of a RETRO, `validation_loss_off`."""
+    return [line for line in read_lines(Path(workdir) / FILE) if "validation_loss" in line]

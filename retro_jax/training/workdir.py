@@ -7,14 +7,39 @@ from pathlib import Path
 from retro_jax.config import TrainConfig, from_dict, to_dict
 from retro_jax.data.stage import TEMPORARY, atomic_write, file_sha256, write_json
 from retro_jax.errors import UserError
+from retro_jax.lock import LOCK, DirectoryLock
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer.model"
+WENT_BACK = "went_back.json"
 
-# Settings that change no number of the run, so that a resumed run may have others. Sequences may have moved: their
-# fingerprints stand in every checkpoint.
-CHANGEABLE = ("mesh.", "checkpoint.", "log_every", "data.sequences")
+# Settings that change no number of the run beyond the last digits, so that a resumed run may have others: where and in
+# which order the same sums are computed, what is kept, what is looked at besides. Sequences may have moved: their
+# fingerprints stand in every checkpoint. `stability` only says when a run that goes wrong is stopped.
+CHANGEABLE = (
+    "mesh.",
+    "checkpoint.",
+    "validation.",
+    "stability.",
+    "microbatches",
+    "vocab_block",
+    "model.remat",
+    "log_every",
+    "data.sequences",
+)
+
+
+def claim_workdir(workdir: str | os.PathLike) -> DirectoryLock:
+    """Creates the directory when absent, and locks it for this run; to be held until the run ends.
+
+    Raises:
+      UserError: another run is using it, or it holds other files than a run's.
+    """
+    workdir = Path(workdir)
+    _refuse_other_files(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    return DirectoryLock(workdir, "wait for that run, stop it, or give another --workdir")
 
 
 def open_workdir(workdir: str | os.PathLike, config: TrainConfig, tokenizer: Path) -> Path:
@@ -30,8 +55,7 @@ def open_workdir(workdir: str | os.PathLike, config: TrainConfig, tokenizer: Pat
       UserError: it holds another run (each differing setting is named), or other files.
     """
     workdir = Path(workdir)
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"{workdir} is a file; --workdir names a directory")
+    _refuse_other_files(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     if (workdir / CONFIG).is_file():
         found, wanted = _flat(to_dict(load_config(workdir))), _flat(to_dict(config))
@@ -44,8 +68,6 @@ def open_workdir(workdir: str | os.PathLike, config: TrainConfig, tokenizer: Pat
             raise UserError(
                 f"{workdir} belongs to a run with {', '.join(different)}; give another --workdir or the same settings"
             )
-    elif any(path.name != TOKENIZER and not path.name.startswith(TEMPORARY) for path in workdir.iterdir()):
-        raise UserError(f"{workdir} is not empty and holds no run; give another --workdir")
     if not (workdir / TOKENIZER).is_file():
         with atomic_write(workdir / TOKENIZER) as temporary:
             temporary.write_bytes(tokenizer.read_bytes())
@@ -70,6 +92,26 @@ def load_config(workdir: str | os.PathLike) -> TrainConfig:
         return from_dict(TrainConfig, json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); the run cannot be identified") from None
+
+
+def went_back_to(workdir: str | os.PathLike) -> int | None:
+    """The step that the run last went back to on demand (see `note_going_back`), or None."""
+    path = Path(workdir) / WENT_BACK
+    return json.loads(path.read_text(encoding="utf-8"))["step"] if path.is_file() else None
+
+
+def note_going_back(workdir: str | os.PathLike, step: int) -> None:
+    """Remembers that going back to `step` is done: the same command after an interruption must not do it again."""
+    write_json(Path(workdir) / WENT_BACK, {"step": step})
+
+
+def _refuse_other_files(workdir: Path) -> None:
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"{workdir} is a file; --workdir names a directory")
+    if not workdir.exists() or (workdir / CONFIG).is_file():
+        return
+    if any(path.name not in (TOKENIZER, LOCK) and not path.name.startswith(TEMPORARY) for path in workdir.iterdir()):
+        raise UserError(f"{workdir} is not empty and holds no run; give another --workdir")
 
 
 def _flat(value: object, prefix: str = "") -> dict[str, object]:

@@ -75,27 +75,43 @@ def test_the_order_does_not_depend_on_the_batch_size(batch_sizes, seed):
 
 
 @settings(deadline=None, max_examples=15)
-@given(processes=st.integers(1, 4), share=st.integers(1, 3), step=st.integers(0, 1000))
-def test_rows_of_the_processes_join_to_the_batch_of_one(processes, share, step):
-    size = processes * share
+@given(owners=st.lists(st.sets(st.integers(0, 3), min_size=1), min_size=1, max_size=8), step=st.integers(0, 1000))
+def test_every_process_reads_its_rows_of_the_one_batch(owners, step):
+    """A row may be held by several processes, when a model axis spans them."""
+    size = len(owners)
     sources = [Numbers(13), Numbers(7, 1)]
     whole = Batches(sources, batch_size=size, seed=1).at(step)
-    parts = [
-        Batches(sources, batch_size=size, seed=1, rows=(p * share, (p + 1) * share)).at(step) for p in range(processes)
-    ]
-    for name in whole:
-        assert np.array_equal(np.concatenate([part[name] for part in parts]), whole[name])
+    for process in set.union(*owners):
+        rows = tuple(row for row in range(size) if process in owners[row])
+        part = Batches(sources, batch_size=size, seed=1, rows=rows).at(step)
+        for name in whole:
+            assert np.array_equal(part[name], whole[name][list(rows)])
+
+
+def test_only_the_rows_of_the_process_are_read():
+    class Counted(Numbers):
+        read = ()
+
+        def __getitem__(self, index):
+            self.read += (index,)
+            return super().__getitem__(index)
+
+    source = Counted(20)
+    batches = Batches([source], batch_size=6, seed=0, rows=(0, 3, 5))
+    batches.at(2)
+    assert source.read == tuple(batches.origin(12 + row).index for row in (0, 3, 5))
 
 
 def test_stream_gives_the_batches_of_their_steps_from_any_start():
-    batches = Batches([Numbers(11), Numbers(23, 1)], batch_size=4, seed=5, rows=(1, 3))
+    rows = [1, 3]
+    batches = Batches([Numbers(11), Numbers(23, 1)], batch_size=4, seed=5, rows=rows)
     for first in (0, 4, 30, 7):
         with batches.iterate(first) as stream:
             for step in range(5):
-                expected = batches.examples(first + 4 * step + 1, 2)
+                expected = batches.examples(first + 4 * step, 4)
                 batch = next(stream)
                 assert batch.keys() == expected.keys()
-                assert all(np.array_equal(batch[name], expected[name]) for name in batch)
+                assert all(np.array_equal(batch[name], expected[name][rows]) for name in batch)
 
 
 def test_stream_reads_ahead_in_other_threads_and_measures_the_wait():
@@ -205,6 +221,9 @@ def test_what_cannot_be_is_refused():
         ("batch_size must be at least 1", [one], {"batch_size": 0}),
         ("rows \\(2, 9\\)", [one], {"rows": (2, 9)}),
         ("rows \\(2, 2\\)", [one], {"rows": (2, 2)}),
+        ("rows \\(3, 1\\)", [one], {"rows": (3, 1)}),
+        ("rows \\(-1, 1\\)", [one], {"rows": (-1, 1)}),
+        ("rows \\(\\)", [one], {"rows": ()}),
         ("2 weights for 1", [one], {"weights": [1, 2]}),
         ("weights must be positive", [one], {"weights": [0]}),
         ("weights must be positive", [one], {"weights": [float("nan")]}),

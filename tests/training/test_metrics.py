@@ -6,6 +6,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from retro_jax.data.tfrecord import read_records
+from retro_jax.training.lines import LineWriter, read_lines
 from retro_jax.training.metrics import FILE, MetricsWriter, read_metrics
 
 
@@ -49,12 +50,25 @@ def test_no_file_means_no_lines(tmp_path):
     assert read_metrics(tmp_path) == []
 
 
-@pytest.mark.parametrize("target", ["/dev/full"])
-def test_a_full_disk_is_an_error_at_once(tmp_path, target):
-    writer = MetricsWriter(tmp_path, resumed_step=0)
-    (tmp_path / FILE).unlink()
-    writer._file.close()
-    writer._file = open(target, "a", buffering=1)  # noqa: SIM115
-    with pytest.raises(OSError, match="No space left"):
-        writer.write(1, {"loss": 1.0})
-    writer._events.close()
+def test_a_value_that_is_not_finite_is_null_and_no_event(tmp_path):
+    with MetricsWriter(tmp_path, resumed_step=0) as writer:
+        writer.write(1, {"loss": float("nan"), "gradient_norm": float("inf"), "tokens": 3.0})
+    assert (tmp_path / FILE).read_text() == '{"step": 1, "loss": null, "gradient_norm": null, "tokens": 3.0}\n'
+    (file,) = events(tmp_path)
+    assert {value.tag: value.simple_value for value in file[2].summary.value} == {"tokens": 3.0}
+
+
+def test_a_full_disk_is_an_error_at_once_that_names_the_file(tmp_path):
+    (tmp_path / "lines").symlink_to("/dev/full")
+    with LineWriter(tmp_path / "lines") as lines, pytest.raises(OSError, match=r"No space left.*lines"):
+        lines.append({"step": 1})
+
+
+@pytest.mark.parametrize("rest", ["", "{", '{"step": 2, "lo', '{"step": 2, "name": "' + "x" * 200_000])
+def test_a_line_cut_by_a_kill_is_dropped_and_the_next_one_stands_alone(tmp_path, rest):
+    path = tmp_path / "lines"
+    path.write_text('{"step": 1}\n' + rest)
+    assert read_lines(path) == [{"step": 1}]
+    with LineWriter(path) as lines:
+        lines.append({"step": 2})
+    assert read_lines(path) == [{"step": 1}, {"step": 2}]

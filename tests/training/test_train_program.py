@@ -1,6 +1,7 @@
 """launch/train.py as a user runs it: resumes exactly, stops cleanly, names mistakes."""
 
 import json
+import os
 import shutil
 import signal
 import time
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from small_run import error_line, program, run_program
 
+from retro_jax.lock import DirectoryLock
 from retro_jax.training.metrics import read_metrics
 
 
@@ -26,7 +28,14 @@ def test_a_run_leaves_metrics_config_tokenizer_and_checkpoints(finished_run):
     line = read_metrics(finished_run)[-1]
     assert line["examples_seen"] == 160 and line["data_wait_seconds"] >= 0 and line["tokens_per_second"] > 0
     assert json.loads((finished_run / "config.json").read_text())["data"]["length"] == 32
-    assert {path.name for path in finished_run.iterdir()} >= {"tokenizer.model", "checkpoints", "tensorboard"}
+    assert {path.name for path in finished_run.iterdir()} == {
+        "checkpoints",
+        "config.json",
+        "goodput.jsonl",
+        "metrics.jsonl",
+        "tensorboard",
+        "tokenizer.model",
+    }
     assert {path.name for path in (finished_run / "checkpoints").iterdir()} == {"30", "40"}
 
 
@@ -67,11 +76,13 @@ def test_a_killed_run_goes_on_bit_for_bit(finished_run, small_data, tmp_path, ki
     assert losses(workdir) == losses(finished_run)
 
 
-def test_a_run_killed_while_saving_goes_on_bit_for_bit(finished_run, small_data, tmp_path):
+@pytest.mark.parametrize("sight", ["10.*tmp*", "30.*tmp*/params/d"])
+def test_a_run_killed_while_saving_goes_on_bit_for_bit(finished_run, small_data, tmp_path, sight):
     workdir = tmp_path / "saving"
     process = program("launch/train.py", *flags(small_data.recipe, workdir))
     deadline = time.monotonic() + 200
-    while not list((workdir / "checkpoints").glob("*tmp*")):
+    saved = workdir / "checkpoints" / sight.split(".")[0]
+    while not (list((workdir / "checkpoints").glob(sight)) or saved.is_dir()):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.0002)
     process.kill()
@@ -138,6 +149,8 @@ def test_mistakes_are_named_in_one_line(finished_run, small_data, tmp_path):
     assert "nowhere.py" in mistake(recipe=tmp_path / "nowhere.py")
     assert "no such directory" in mistake(f"--config.data.sequences={tmp_path / 'nowhere'}")
     assert "model.vocab_size is 100" in mistake("--config.model.vocab_size=100")
+    for window in ("3", "0:5"):
+        assert f"--profile={window}: expected FIRST:COUNT" in mistake(f"--profile={window}")
     assert "batch_size 3 is not a multiple" in error_line(
         "launch/train.py", *flags(small_data.recipe, tmp_path / "new", "--config.batch_size=3"), devices=2
     )
@@ -148,6 +161,52 @@ def test_mistakes_are_named_in_one_line(finished_run, small_data, tmp_path):
     (tmp_path / "other" / "file").write_text("x")
     assert "is not empty and holds no run" in mistake(workdir=tmp_path / "other")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_damaged_checkpoint_is_one_line_in_training_and_evaluation(finished_run, small_data, tmp_path):
+    workdir = shutil.copytree(finished_run, tmp_path / "run")
+    for path in (workdir / "checkpoints" / "40" / "params").rglob("*"):
+        if path.is_file() and path.parent.name == "d":
+            path.write_bytes(path.read_bytes()[:-100])
+    status, _, line = run_program("launch/train.py", *flags(small_data.recipe, workdir))
+    assert status == 1 and line.count("\n") == 1, line
+    assert f"error: {workdir / 'checkpoints' / '40'}: damaged checkpoint (" in line
+    assert line.endswith("; --resume_from=30 takes the one before it\n")
+    evaluate = [f"--workdir={workdir}", f"--corpus={small_data.corpus}", "--modes=off"]
+    line = error_line("launch/evaluate.py", *evaluate)
+    assert "40: damaged checkpoint (" in line and line.endswith("; --step=30 takes the one before it")
+    config = json.loads((workdir / "config.json").read_text())
+    config["model"]["ffw_width"] = 48
+    (workdir / "config.json").write_text(json.dumps(config))
+    line = error_line("launch/evaluate.py", *evaluate, "--step=30")
+    assert "30: checkpoint of another configuration; it has params." in line and "48]" in line and "32]" in line
+
+
+def test_a_workdir_in_use_is_named_before_anything_is_changed(finished_run, small_data, tmp_path):
+    workdir = shutil.copytree(finished_run, tmp_path / "run")
+    with DirectoryLock(workdir, "wait"):
+        line = error_line("launch/train.py", *flags(small_data.recipe, workdir, "--config.log_every=7"))
+    assert f"{workdir} is in use by process {os.getpid()} on " in line and "another --workdir" in line
+    assert json.loads((workdir / "config.json").read_text())["log_every"] == 1
+
+
+def test_a_corrupt_compilation_cache_never_breaks_a_run(small_data, tmp_path):
+    def run(name):
+        more = ["--config.steps=3", f"--compilation_cache={tmp_path / 'cache'}"]
+        status, _, stderr = run_program("launch/train.py", *flags(small_data.baseline_recipe, tmp_path / name, *more))
+        assert status == 0 and "Traceback" not in stderr, stderr
+        return losses(tmp_path / name)
+
+    whole = run("whole")
+    files = [path for path in (tmp_path / "cache").iterdir() if path.name.endswith("-cache")]
+    assert files
+    for number, path in enumerate(files):
+        content = path.read_bytes()
+        path.write_bytes([b"", content[: len(content) // 2], b"no program"][number % 3])
+    assert run("corrupt") == whole
+    shutil.rmtree(tmp_path / "cache")
+    (tmp_path / "cache").write_text("a file where a directory was expected")
+    assert run("no directory") == whole
 
 
 def test_a_corrupt_record_is_named(small_data, tmp_path):

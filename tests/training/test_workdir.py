@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from retro_jax.config import CheckpointConfig, DataConfig, RetroConfig, TrainConfig
+from retro_jax.config import CheckpointConfig, DataConfig, RetroConfig, StabilityConfig, TrainConfig, ValidationConfig
 from retro_jax.errors import UserError
-from retro_jax.training.workdir import CONFIG, TOKENIZER, load_config, open_workdir
+from retro_jax.training.workdir import CONFIG, TOKENIZER, claim_workdir, load_config, open_workdir
 
 MODEL = RetroConfig(vocab_size=64, width=8, num_layers=1, num_heads=1, head_size=8, ffw_width=8)
 RUN = TrainConfig(model=MODEL, data=DataConfig(sequences=("a",)))
@@ -36,7 +36,17 @@ def test_what_a_killed_start_left_does_not_matter(tmp_path, tokenizer, left):
 
 def test_settings_that_change_no_number_may_change(tmp_path, tokenizer):
     open_workdir(tmp_path / "run", RUN, tokenizer)
-    changed = dataclasses.replace(RUN, log_every=3, checkpoint=CheckpointConfig(5), data=DataConfig(sequences=("b",)))
+    changed = dataclasses.replace(
+        RUN,
+        log_every=3,
+        checkpoint=CheckpointConfig(5),
+        data=DataConfig(sequences=("b",)),
+        microbatches=2,
+        vocab_block=100,
+        model=dataclasses.replace(MODEL, remat="block"),
+        stability=StabilityConfig(max_bad_steps=3),
+        validation=ValidationConfig(sequences=("c",)),
+    )
     open_workdir(tmp_path / "run", changed, tokenizer)
     assert load_config(tmp_path / "run") == changed
 
@@ -51,6 +61,18 @@ def test_every_other_setting_is_refused_by_name_and_nothing_is_overwritten(tmp_p
         open_workdir(tmp_path / "run", RUN, tokenizer)
     assert (tmp_path / "run" / TOKENIZER).read_bytes() == b"model"
     assert load_config(tmp_path / "run") == RUN
+
+
+def test_a_claimed_workdir_is_opened_by_its_claimant_and_refused_to_others(tmp_path, tokenizer):
+    with claim_workdir(tmp_path / "run"):
+        open_workdir(tmp_path / "run", RUN, tokenizer)
+        with pytest.raises(UserError, match=r"run is in use by process \d+ on .* since .*; wait for that run"):
+            claim_workdir(tmp_path / "run")
+    with claim_workdir(tmp_path / "run"):
+        assert load_config(tmp_path / "run") == RUN
+    with pytest.raises(UserError, match="is not empty and holds no run"):
+        claim_workdir(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"run", tokenizer.name}
 
 
 def test_a_directory_with_other_files_is_refused(tmp_path, tokenizer):

@@ -1,0 +1,92 @@
+"""What a run reads: that it suits the model, and how a batch gets to the devices."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from retro_jax.config import TrainConfig
+from retro_jax.data.sequences import SequenceSource
+from retro_jax.errors import UserError
+from retro_jax.parallel import hosts
+
+
+def check_batch(config: TrainConfig, mesh: Mesh) -> None:
+    """Raises UserError when the devices cannot share a micro-batch equally."""
+    split = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.batch_size % (split * config.microbatches):
+        parts = f" x microbatches {config.microbatches}" if config.microbatches > 1 else ""
+        raise UserError(f"batch_size {config.batch_size} is not a multiple of the mesh's data x fsdp = {split}{parts}")
+
+
+def check_data(config: TrainConfig, sources: Sequence[SequenceSource], held_out: Sequence[SequenceSource]) -> None:
+    """Raises UserError, naming the data set, when one does not suit the model or the others.
+
+    Args:
+      config: the run.
+      sources: data sets of `data.sequences`.
+      held_out: those of `validation.sequences`.
+    """
+    if not sources:
+        raise UserError("data.sequences is empty; name the output of tools/write_sequences.py")
+    directories = [*config.data.sequences, *config.validation.sequences]
+    for directory, source in zip(directories, [*sources, *held_out], strict=True):
+        schema, model = source.schema, config.model
+        if schema.vocab_size > model.vocab_size:
+            raise UserError(
+                f"{directory}: its tokenizer has {schema.vocab_size} tokens, model.vocab_size is {model.vocab_size}"
+            )
+        if schema.chunk_length != model.chunk_length or (
+            not model.is_baseline and schema.neighbour_length != model.neighbour_length
+        ):
+            raise UserError(
+                f"{directory}: chunks of {schema.chunk_length} and neighbours of {schema.neighbour_length} tokens, the "
+                f"model has chunk_length {model.chunk_length} and neighbour_length {model.neighbour_length}"
+            )
+        if not model.is_baseline and schema.neighbours < config.data.neighbours:
+            raise UserError(
+                f"{directory}: {schema.neighbours} neighbours a chunk, data.neighbours is {config.data.neighbours}"
+            )
+        length = config.data.length or sources[0].schema.length
+        if schema.length != length:
+            raise UserError(f"{directory}: sequences of {schema.length} tokens, expected {length}")
+        if source.tokenizer_fingerprint != sources[0].tokenizer_fingerprint:
+            raise UserError(f"{directory}: another tokenizer than that of {config.data.sequences[0]}")
+    for directory, source in zip(config.validation.sequences, held_out, strict=True):
+        if not len(source):
+            raise UserError(f"{directory}: holds no sequence; leave it out of validation.sequences")
+    saves, validations = config.checkpoint.every_steps, config.validation.every_steps
+    if config.checkpoint.keep_best and saves % validations and validations % saves:
+        raise UserError(
+            f"checkpoint.keep_best needs saves of validated steps: checkpoint.every_steps {saves} and "
+            f"validation.every_steps {validations} are no multiples of each other"
+        )
+
+
+def abstract_batch(config: TrainConfig, sharding: NamedSharding) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a batch: tokens [B, T+1] and, unless the model is a baseline, neighbours [B, L, K, R], int32."""
+    B, T, model = config.batch_size, config.data.length, config.model
+    shapes = {"tokens": (B, T + 1)}
+    if not model.is_baseline:
+        shapes["neighbours"] = (B, T // model.chunk_length, config.data.neighbours, model.neighbour_length)
+    return {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for name, shape in shapes.items()}
+
+
+def to_devices(
+    arrays: dict[str, np.ndarray], rows: Sequence[int], batch_size: int, config: TrainConfig, sharding: NamedSharding
+) -> dict[str, jax.Array]:
+    """What the model reads of a batch, over all devices.
+
+    Args:
+      arrays: features of the sequences that this process has read, one a row.
+      rows: which rows of the batch they are.
+      batch_size: B.
+      config: the run.
+      sharding: of the batch.
+    """
+    local = {"tokens": arrays["tokens"]}
+    if not config.model.is_baseline:
+        local["neighbours"] = arrays["neighbours"][:, :, : config.data.neighbours]
+    return hosts.to_global(local, rows, batch_size, sharding)

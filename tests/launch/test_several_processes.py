@@ -1,0 +1,199 @@
+"""A run in several processes is the run in one: batches, losses, checkpoints, figures. It outlives a lost process."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from processes import finish, free_port, start, succeeded
+from small_run import ROOT, program, run_program
+
+from retro_jax.training.metrics import read_metrics
+
+STEPS, SAVES = 30, 10
+TRAIN = "launch/train.py"
+STOP_SECONDS = 30  # within which the others of a lost process end
+
+
+def flags(small_data, workdir, steps=STEPS, saves=SAVES, recipe=None):
+    return [
+        f"--config={recipe or small_data.recipe}",
+        f"--workdir={workdir}",
+        f"--config.steps={steps}",
+        f"--config.checkpoint.every_steps={saves}",
+    ]
+
+
+def losses(workdir):
+    """Loss by step; each step must stand there once, with the examples that it has to end at."""
+    lines = [line for line in read_metrics(workdir) if "loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    assert [line["examples_seen"] for line in lines] == [4 * line["step"] for line in lines]
+    return [line["loss"] for line in lines]
+
+
+def wait_for_step(workdir, step, processes):
+    """Until the run has written the metrics of a step."""
+    deadline = time.monotonic() + 240
+    while not any(line["step"] >= step for line in read_metrics(workdir)):
+        ended = [process for process in processes if process.poll() is not None]
+        assert not ended and time.monotonic() < deadline, [process.communicate() for process in ended]
+        time.sleep(0.02)
+
+
+def kill(processes, victim):
+    """SIGKILL to one; the others must end with one line that names it, and soon."""
+    processes[victim].kill()
+    killed = time.monotonic()
+    ends = finish(processes, timeout=STOP_SECONDS)
+    assert time.monotonic() - killed < STOP_SECONDS
+    for process, (status, _, stderr) in enumerate(ends):
+        if process == victim:
+            assert status == -signal.SIGKILL
+            continue
+        errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
+        assert status == 1 and len(errors) == 1, stderr
+        assert f"error: process {victim} ({socket.gethostname()}) has stopped or cannot be reached" in errors[0]
+        assert "Traceback" not in stderr and "Check failure" not in stderr, stderr
+
+
+@pytest.fixture(scope="module")
+def alone(small_data, tmp_path_factory):
+    """Workdir of the run in one process with four devices."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    succeeded([program(TRAIN, *flags(small_data, workdir), devices=4)])
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def two(small_data, tmp_path_factory):
+    """Workdir of the run in two processes with two devices each, and what they printed, by launch/local.sh."""
+    workdir = tmp_path_factory.mktemp("two") / "run"
+    command = [str(ROOT / "launch/local.sh"), "-n", "2", "--devices=2", TRAIN, *flags(small_data, workdir)]
+    variables = {**os.environ, "PYTHON": sys.executable}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=variables, timeout=400, check=False)
+    assert result.returncode == 0, result.stderr
+    return workdir, result
+
+
+@pytest.fixture(scope="module")
+def interrupted(small_data, tmp_path_factory):
+    """Workdir of the run in four processes whose first one, the coordinator, was killed."""
+    workdir = tmp_path_factory.mktemp("interrupted") / "run"
+    processes = start(4, TRAIN, *flags(small_data, workdir))
+    wait_for_step(workdir, SAVES + 2, processes)
+    kill(processes, 0)
+    return workdir
+
+
+def test_batches_and_losses_are_those_of_one_process(alone, two):
+    expected = losses(alone)
+    assert len(expected) == STEPS and expected[-1] < expected[0]
+    assert losses(two[0]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_one_process_writes_and_prints(alone, two):
+    workdir, result = two
+    assert f"step {STEPS}: loss" in result.stdout and f"training: {STEPS}/{STEPS} steps" in result.stderr
+    others = [line for line in result.stderr.splitlines() if line.startswith("[1] ") and "[Gloo]" not in line]
+    assert others == []
+    names = {path.name for path in workdir.iterdir()}
+    assert names == {path.name for path in alone.iterdir()}
+    assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"20", "30"}
+
+
+def test_evaluation_gives_the_same_figures_in_one_two_and_four_processes(small_data, two, tmp_path):
+    def command(name):
+        return (
+            "launch/evaluate.py",
+            f"--workdir={two[0]}",
+            f"--corpus={small_data.corpus}",
+            f"--neighbours={small_data.neighbours}",
+            f"--database={small_data.database}",
+            f"--output={tmp_path / name}",
+            "--modes=on",
+            "--batch_size=64",
+        )
+
+    _, stdout, _ = succeeded([program(*command("1"), devices=4)])[0]
+    assert "bits/byte" in stdout
+    by_flags = succeeded(start(2, *command("2"), devices=2))
+    slurm = {
+        "SLURM_JOB_ID": str(free_slurm_job()),
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "4",
+        "SLURM_LOCALID": "0",
+    }
+    by_slurm = succeeded([program(*command("4"), **slurm, SLURM_PROCID=str(process)) for process in range(4)])
+    for first, *others in (by_flags, by_slurm):
+        assert "bits/byte" in first[1]
+        assert all("bits/byte" not in output and "windows" not in output for _, *texts in others for output in texts)
+    one, *more = (json.loads((tmp_path / name).read_text())["results"][0] for name in ("1", "2", "4"))
+    for result in more:
+        assert result["nats"] == pytest.approx(one["nats"], rel=1e-6)
+        assert {**result, "nats": 0, "groups": 0, "bits_per_byte": 0, "nats_per_token": 0} == {
+            **one,
+            "nats": 0,
+            "groups": 0,
+            "bits_per_byte": 0,
+            "nats_per_token": 0,
+        }
+
+
+def free_slurm_job():
+    """A job number for which JAX's rule, 61440 + number % 4096, gives a free port."""
+    while True:
+        job = free_port()
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", 61_440 + job % 4096))
+                return job
+            except OSError:
+                continue
+
+
+def test_a_run_that_lost_its_coordinator_goes_on_in_four_processes(small_data, alone, interrupted, tmp_path):
+    workdir = shutil.copytree(interrupted, tmp_path / "run")
+    ends = succeeded(start(4, TRAIN, *flags(small_data, workdir)))
+    assert f"from step {SAVES} to {STEPS}" in ends[0][1]
+    assert losses(workdir) == pytest.approx(losses(alone), rel=1e-5)
+
+
+def test_it_goes_on_in_two_processes_loses_one_and_goes_on_in_one(small_data, alone, interrupted, tmp_path):
+    workdir = shutil.copytree(interrupted, tmp_path / "run")
+    processes = start(2, TRAIN, *flags(small_data, workdir), devices=2)
+    wait_for_step(workdir, 2 * SAVES + 2, processes)
+    kill(processes, 1)
+    status, stdout, stderr = run_program(TRAIN, *flags(small_data, workdir), devices=4)
+    assert status == 0, stderr
+    assert f"from step {2 * SAVES} to {STEPS}" in stdout
+    assert losses(workdir) == pytest.approx(losses(alone), rel=1e-5)
+
+
+def test_sigterm_to_one_process_saves_the_same_step_in_all(small_data, tmp_path):
+    workdir = tmp_path / "run"
+    recipe = small_data.baseline_recipe
+    processes = start(2, TRAIN, *flags(small_data, workdir, steps=100_000, saves=100_000, recipe=recipe))
+    wait_for_step(workdir, 3, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    ends = finish(processes)
+    assert [status for status, _, _ in ends] == [143, 143], ends
+    (saved,) = (path.name for path in (workdir / "checkpoints").iterdir())
+    assert f"stopped by SIGTERM after step {saved}, saved" in ends[0][2]
+    assert len(losses(workdir)) == int(saved)
+
+
+def test_a_mistake_that_one_process_finds_ends_all(small_data, tmp_path):
+    """The workdir is another run's, which process 0 alone looks at."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("not ours")
+    ends = finish(start(2, TRAIN, *flags(small_data, tmp_path / "run")), timeout=120)
+    assert [status for status, _, _ in ends] == [1, 1]
+    mistake = f"{tmp_path / 'run'} is not empty and holds no run; give another --workdir"
+    assert f"error: {mistake}\n" in ends[0][2]
+    assert f"error: process 0 ({socket.gethostname()}) failed: {mistake}; this process ends as well\n" in ends[1][2]
