@@ -4,8 +4,9 @@
     python tools/plan_topology.py --config=experiments/tiny.py --topology=cpu:8 --config.mesh.tensor=2
 
 Topologies: v4:8x8x8, v5p:4x4x8, v5e:16x16, v6e:16x16, 2xv5e:16x16 (two slices), cpu:8. TPU ones need the TPU compiler
-(pip install 'jax[tpu]') but no TPU. Exits with 1 when the step does not fit into a chip's memory; before that it looks
-for the smallest change with which it does, compiling each. How the time is estimated: retro_jax/training/forecast.py.
+(pip install 'jax[tpu]') but no TPU. The compiler takes minutes of processor time; --quick is for a first look. Exits
+with 1 when the step does not fit into a chip's memory; before that it looks for the smallest change with which it does,
+compiling each. How the time is estimated: retro_jax/training/forecast.py.
 """
 
 import dataclasses
@@ -50,6 +51,9 @@ _LENGTH = flags.DEFINE_integer(
 )
 _OUTPUT = flags.DEFINE_string("output", None, "File for the plan as JSON.")
 _HBM_GIB = flags.DEFINE_float("hbm_gib", 0, "Memory limit of a chip in GiB; 0 for the real one.", 0)
+_QUICK = flags.DEFINE_bool(
+    "quick", False, "Optimise less: compiles several times faster, for a first look; memory and time come out higher."
+)
 _CANDIDATES = flags.DEFINE_integer("candidates", 4, "Changes tried at most when the step does not fit.", 0)
 flags.mark_flags_as_required(["config", "topology"])
 
@@ -148,7 +152,7 @@ def _advice(plan: Forecast, change: str | None) -> str:
 
 def _reported(config: TrainConfig, topology: Topology, limit: float | None) -> Forecast:
     with _Heartbeat() as report:
-        return forecast(config, topology, hbm_bytes=limit, report=report)
+        return forecast(config, topology, hbm_bytes=limit, quick=_QUICK.value, report=report)
 
 
 class _Heartbeat:

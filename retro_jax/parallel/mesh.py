@@ -5,7 +5,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from retro_jax.config import MeshConfig
+from retro_jax.config import MeshConfig, TrainConfig
 from retro_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor", "context")
@@ -47,13 +47,13 @@ def create_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> 
     return Mesh(mesh_utils.create_hybrid_device_mesh(inside, across, devices), AXES, axis_types=types)
 
 
-def check_batch(mesh: Mesh, *, batch_size: int, microbatches: int, length: int, chunk_length: int) -> None:
-    """Raises UserError when a batch [batch_size, length], cut into micro-batches, does not divide over the mesh."""
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch_size % (microbatches * rows):
-        parts = f" x microbatches = {microbatches * rows}" if microbatches > 1 else f" = {rows}"
-        raise UserError(f"batch_size {batch_size} is not a multiple of the mesh's data x fsdp{parts}")
-    context = mesh.shape["context"]
+def check_batch(config: TrainConfig, mesh: Mesh) -> None:
+    """Raises UserError when a micro-batch of sequences of `data.length` tokens does not divide over the mesh."""
+    rows, context = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["context"]
+    if config.batch_size % (config.microbatches * rows):
+        parts = f" x microbatches {config.microbatches}" if config.microbatches > 1 else ""
+        raise UserError(f"batch_size {config.batch_size} is not a multiple of the mesh's data x fsdp = {rows}{parts}")
+    length, chunk_length = config.data.length, config.model.chunk_length
     if length % (context * chunk_length):
         raise UserError(
             f"sequences of {length} tokens are not cut by mesh.context = {context} at chunk boundaries: "

@@ -74,8 +74,10 @@ def _forward(near: socket.socket, target: tuple[str, int], timeout_seconds: floa
         end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     threading.Thread(target=_copy, args=(far, near), daemon=True).start()
     _copy(near, far)
-    far.close()
-    near.close()  # only here: the far side's end is not passed on
+    for end in (far, near):  # only here: the far side's end is not passed on
+        with contextlib.suppress(OSError):
+            end.shutdown(socket.SHUT_RDWR)  # wakes the other thread, which a close would not
+        end.close()
 
 
 def _connect(target: tuple[str, int], timeout_seconds: float) -> socket.socket | None:

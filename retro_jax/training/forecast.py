@@ -150,6 +150,7 @@ def forecast(
     topology: Topology,
     *,
     hbm_bytes: float | None = None,
+    quick: bool = False,
     report: Callable[[str], None] = lambda _: None,
 ) -> Forecast:
     """Compiles the train step of a configuration for a topology.
@@ -158,19 +159,14 @@ def forecast(
       config: the run; `data.length` is set, `data.sequences` is not looked at.
       topology: the devices.
       hbm_bytes: memory limit of a chip in the place of the real one.
+      quick: let the compiler optimise less: several times faster, and memory and time are those of a worse program.
       report: called with what is being done.
 
     Raises:
       UserError: mesh, batch or topology do not go together.
     """
     mesh = create_mesh(config.mesh, topology_devices(topology))
-    check_batch(
-        mesh,
-        batch_size=config.batch_size,
-        microbatches=config.microbatches,
-        length=config.data.length,
-        chunk_length=config.model.chunk_length,
-    )
+    check_batch(config, mesh)
     plan = plan_model(config.model, mesh)
     optimizer = create_optimizer(config.optimizer, config.steps, plan.axes)
     step = make_train_step(config, plan, optimizer, mesh, unscored=(PAD_ID, BOS_ID))
@@ -180,7 +176,7 @@ def forecast(
     report(f"compiling for {topology.name}, mesh {_written(mesh.shape)}; this takes a minute or more")
     limit = hbm_bytes or (topology.chip and topology.chip.hbm_bytes)
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options={"exec_time_optimization_effort": -1.0} if quick else None)
     except jax.errors.JaxRuntimeError as error:
         needed = _needed(str(error))
         if needed is None:
@@ -192,7 +188,7 @@ def forecast(
         topology=topology.name,
         chips=topology.chips,
         mesh=dict(mesh.shape),
-        settings=_settings(config),
+        settings={**_settings(config), "quick": quick},
         parameters=sum(leaf.size for leaf in jax.tree.leaves(plan.params)),
         parameters_replicated=_replicated(plan),
         model_flops=(step_flops(config), step_flops(config, causal=False)),

@@ -5,20 +5,12 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
 from retro_jax.config import TrainConfig
 from retro_jax.data.sequences import SequenceSource
 from retro_jax.errors import UserError
 from retro_jax.parallel import hosts
-
-
-def check_batch(config: TrainConfig, mesh: Mesh) -> None:
-    """Raises UserError when the devices cannot share a micro-batch equally."""
-    split = mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.batch_size % (split * config.microbatches):
-        parts = f" x microbatches {config.microbatches}" if config.microbatches > 1 else ""
-        raise UserError(f"batch_size {config.batch_size} is not a multiple of the mesh's data x fsdp = {split}{parts}")
 
 
 def check_data(config: TrainConfig, sources: Sequence[SequenceSource], held_out: Sequence[SequenceSource]) -> None:

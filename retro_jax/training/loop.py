@@ -19,20 +19,28 @@ from retro_jax.data.sequences import SequenceSource
 from retro_jax.data.tokenizer import BOS_ID, PAD_ID
 from retro_jax.errors import UserError
 from retro_jax.parallel import hosts, rules
-from retro_jax.parallel.mesh import create_mesh
+from retro_jax.parallel.layout import check_coverage, sharding_table
+from retro_jax.parallel.mesh import check_batch, create_mesh
 from retro_jax.progress import Progress
 from retro_jax.training import goodput
 from retro_jax.training.checkpoint import Checkpoints
 from retro_jax.training.goodput import Ledger
-from retro_jax.training.inputs import abstract_batch, check_batch, check_data, to_devices
+from retro_jax.training.inputs import abstract_batch, check_data, to_devices
 from retro_jax.training.log import StepLog
 from retro_jax.training.metrics import MetricsWriter, read_validations
 from retro_jax.training.optimizer import create_optimizer
 from retro_jax.training.profile import ProfileWindow
-from retro_jax.training.state import initialise, plan_model, plan_state
+from retro_jax.training.state import initialise, named_axes, named_params, plan_model, plan_state
 from retro_jax.training.step import make_train_step
 from retro_jax.training.validation import Validation
-from retro_jax.training.workdir import CHECKPOINTS, claim_workdir, note_going_back, open_workdir, went_back_to
+from retro_jax.training.workdir import (
+    CHECKPOINTS,
+    SHARDINGS,
+    claim_workdir,
+    note_going_back,
+    open_workdir,
+    went_back_to,
+)
 
 _UNSCORED = (PAD_ID, BOS_ID)
 
@@ -73,7 +81,6 @@ def train(
 
     # 1. Devices
     mesh = create_mesh(config.mesh)
-    check_batch(config, mesh)
     sharding = rules.batch_sharding(mesh)
 
     # 2. Data
@@ -81,6 +88,7 @@ def train(
     held_out = [SequenceSource(directory) for directory in config.validation.sequences]
     check_data(config, sources, held_out)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, length=sources[0].schema.length))
+    check_batch(config, mesh)
     batches = Batches(
         sources,
         batch_size=config.batch_size,
@@ -93,6 +101,8 @@ def train(
     plan = plan_model(config.model, mesh)
     optimizer = create_optimizer(config.optimizer, config.steps, plan.axes)
     abstract = plan_state(plan, optimizer, mesh)
+    check_coverage(named_params(plan), mesh)
+    table = sharding_table(named_params(plan), named_axes(plan))
     size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(plan.params))
 
     with contextlib.ExitStack() as resources:
@@ -102,6 +112,7 @@ def train(
         if primary:
             resources.enter_context(claim_workdir(workdir))
             open_workdir(workdir, config, sources[0].tokenizer_path)
+            (workdir / SHARDINGS).write_text(table + "\n", encoding="utf-8")
         hosts.agree(0, "workdir")
         checkpoints = resources.enter_context(Checkpoints(workdir / CHECKPOINTS, config.checkpoint))
         newest = hosts.agree(checkpoints.latest_step or 0, "newest checkpoint")
@@ -122,6 +133,8 @@ def train(
         else:
             state, validated = initialise(config.model, plan, optimizer, mesh, config.seed), None
         if primary:
+            if mesh.size > 1:
+                print(table)
             print(
                 f"{size:,} parameters, mesh {dict(mesh.shape)}, {sum(map(len, sources)):,} sequences of "
                 f"{config.data.length} tokens, {f'from step {first}' if first else 'fresh'} to {config.steps}",

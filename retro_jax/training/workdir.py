@@ -10,6 +10,7 @@ from retro_jax.errors import UserError
 from retro_jax.lock import LOCK, DirectoryLock
 
 CONFIG = "config.json"
+SHARDINGS = "shardings.txt"  # how the parameters lie on the mesh of the last start
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer.model"
 WENT_BACK = "went_back.json"

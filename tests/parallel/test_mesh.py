@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from retro_jax.config import MeshConfig
+from retro_jax.config import DataConfig, MeshConfig, RetroConfig, TrainConfig
 from retro_jax.errors import UserError
 from retro_jax.parallel.mesh import check_batch, create_mesh
 from retro_jax.parallel.rules import partition_spec
@@ -77,10 +77,17 @@ def test_only_the_data_axis_crosses_slices():
 
 def test_a_batch_that_does_not_divide_is_refused():
     mesh = create_mesh(MeshConfig(data=2, fsdp=2, context=2))
-    check_batch(mesh, batch_size=8, microbatches=2, length=256, chunk_length=64)
+
+    def check(batch_size, microbatches, length):
+        model = RetroConfig.preset("tiny")
+        check_batch(
+            TrainConfig(model, DataConfig(length=length), batch_size=batch_size, microbatches=microbatches), mesh
+        )
+
+    check(8, 2, 256)
     with pytest.raises(UserError, match="batch_size 6 is not a multiple of the mesh's data x fsdp = 4"):
-        check_batch(mesh, batch_size=6, microbatches=1, length=256, chunk_length=64)
-    with pytest.raises(UserError, match="data x fsdp x microbatches = 16"):
-        check_batch(mesh, batch_size=8, microbatches=4, length=256, chunk_length=64)
+        check(6, 1, 256)
+    with pytest.raises(UserError, match="data x fsdp = 4 x microbatches 4"):
+        check(8, 4, 256)
     with pytest.raises(UserError, match=r"not cut by mesh.context = 2 at chunk boundaries"):
-        check_batch(mesh, batch_size=4, microbatches=1, length=192, chunk_length=64)
+        check(4, 1, 192)

@@ -97,7 +97,7 @@ def test_a_missing_recipe_is_one_line():
 def test_the_tpu_compiler_plans_a_small_model_without_a_tpu(recipe, tmp_path):
     output = tmp_path / "plan.json"
     small = ("--config.model.num_layers=1", "--config.model.cca_layers=(1,)", "--config.model.dtype=bfloat16")
-    stdout, _ = plan(recipe, "--topology=v5e:2x2", LENGTH, *small, f"--output={output}")
+    stdout, _ = plan(recipe, "--topology=v5e:2x2", "--quick", LENGTH, *small, f"--output={output}")
     result = json.loads(output.read_text())
     costs = result["costs"]
     assert "of 15.75 GiB: fits" in stdout and result["chips"] == 4 and result["versions"]["libtpu"]

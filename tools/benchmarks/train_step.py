@@ -18,9 +18,9 @@ from retro_jax.data.batches import Batches
 from retro_jax.data.sequences import SequenceSource
 from retro_jax.data.tokenizer import BOS_ID, PAD_ID, UNK_ID
 from retro_jax.parallel import rules
-from retro_jax.parallel.mesh import create_mesh
+from retro_jax.parallel.mesh import check_batch, create_mesh
 from retro_jax.training.flops import peak_flops
-from retro_jax.training.inputs import abstract_batch, check_batch, check_data, to_devices
+from retro_jax.training.inputs import abstract_batch, check_data, to_devices
 from retro_jax.training.optimizer import create_optimizer
 from retro_jax.training.state import initialise, plan_model, plan_state
 from retro_jax.training.step import make_train_step
