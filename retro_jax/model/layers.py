@@ -196,7 +196,10 @@ def _normalise_backward(_: float, saved: tuple[jax.Array, ...], cotangent: jax.A
     scaled = cotangent * scale
     along = jnp.mean(scaled * unit, axis=-1, keepdims=True)
     gradient = (inverse_rms * (scaled - unit * along)).astype(x.dtype)
-    return gradient, jnp.sum(cotangent * unit, axis=tuple(range(x.ndim - 1)))
+    # The sum over all tokens as a product with ones: on a CPU a reduction of the leading axes is slow.
+    tokens = tuple(range(x.ndim - 1))
+    ones = jnp.ones(x.shape[:-1], scale.dtype)
+    return gradient, jax.lax.dot_general(ones, cotangent * unit, ((tokens, tokens), ((), ())))
 
 
 normalise.defvjp(_normalise, _normalise_backward)

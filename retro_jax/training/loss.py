@@ -33,9 +33,7 @@ def token_nats(hidden: jax.Array, kernel: jax.Array, labels: jax.Array, *, block
     hidden = rules.constrain(hidden, "batch", "tokens", None)
 
     def logits_of(rows: jax.Array) -> jax.Array:
-        rows = rules.gather(rows, ("vocab", None, "embed"))
-        dtype = jnp.promote_types(hidden.dtype, jnp.float32)
-        logits = jnp.einsum("btd,svd->btsv", hidden, rows, preferred_element_type=dtype)
+        logits = head_logits(hidden, rules.gather(rows, ("vocab", None, "embed")))
         return rules.constrain(logits, "batch", "tokens", "vocab", None)
 
     def picked_from(logits: jax.Array, ids: jax.Array) -> jax.Array:
@@ -67,6 +65,29 @@ def token_nats(hidden: jax.Array, kernel: jax.Array, labels: jax.Array, *, block
     start = (jnp.full_like(zero, -jnp.inf), zero, zero)
     (maximum, total, picked), _ = jax.lax.scan(body, start, (in_blocks(ids, -1), in_blocks(kernel, 0)))
     return maximum + jnp.log(total) - picked
+
+
+@jax.custom_vjp
+def head_logits(hidden: jax.Array, rows: jax.Array) -> jax.Array:
+    """hidden [B, T, D] and rows [S, V, D] of the output head to logits [B, T, S, V], float32 (float64 for float64)."""
+    dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+    return jnp.einsum("btd,svd->btsv", hidden, rows, preferred_element_type=dtype)
+
+
+def _head_forward(hidden: jax.Array, rows: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return head_logits(hidden, rows), (hidden, rows)
+
+
+def _head_backward(saved: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # By hand for two reasons: both products are of operands in the compute dtype, where JAX's own would multiply
+    # float32 by bfloat16; and the barrier keeps XLA from transposing the cotangent, which is V wide, on a CPU.
+    hidden, rows = saved
+    cotangent = cotangent.astype(hidden.dtype)
+    gradient = jax.lax.optimization_barrier(jnp.einsum("btd,btsv->dsv", hidden, cotangent))
+    return jnp.einsum("btsv,svd->btd", cotangent, rows), jnp.moveaxis(gradient, 0, -1)
+
+
+head_logits.defvjp(_head_forward, _head_backward)
 
 
 def label_weights(labels: jax.Array, *, unscored: tuple[int, ...]) -> jax.Array:
