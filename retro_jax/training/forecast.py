@@ -10,13 +10,14 @@ where the first sum leaves out copies that run beside other instructions. A step
 all communication overlapped, and their sum. It is an optimist's figure: no instruction reaches its roof.
 """
 
+import collections
 import dataclasses
 import importlib.metadata
 import math
 import re
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 from retro_jax.config import TrainConfig
 from retro_jax.data.tokenizer import BOS_ID, PAD_ID
 from retro_jax.parallel import rules
+from retro_jax.parallel.chips import Chip
 from retro_jax.parallel.costs import Collective, Traffic, Work, collectives, traffic, work
 from retro_jax.parallel.hlo import parse, trip_counts
 from retro_jax.parallel.mesh import check_batch, create_mesh
@@ -61,6 +63,15 @@ class Memory:
         return self.limit is None or self.peak <= self.limit
 
 
+class Operation(NamedTuple):
+    """All instructions from one place of the Python program: seconds (None on CPU), FLOPs and bytes of a step."""
+
+    op_name: str
+    seconds: float | None
+    flops: float
+    bytes: float
+
+
 @dataclasses.dataclass(frozen=True)
 class Costs:
     """What one step does and how long it should take.
@@ -72,7 +83,8 @@ class Costs:
       busy_seconds, interconnect_seconds: see the module; None on CPU devices, whose figures are not known.
       mfu: model FLOPs utilisation (causal count) when communication is all overlapped, and when none is.
       tokens_per_second: target tokens, at the same two.
-      largest_collectives, largest_operations: the first few by bytes, and by time (by FLOPs on CPU devices).
+      largest_collectives: those that send most; equal ones from one place of the program as one.
+      largest_operations: the places of the program that take most time (FLOPs on CPU devices).
       loops_of_unknown_length: counted as one trip; FLOPs and bytes are too low when there are any.
     """
 
@@ -84,7 +96,7 @@ class Costs:
     mfu: tuple[float, float] | None
     tokens_per_second: tuple[float, float] | None
     largest_collectives: tuple[Collective, ...]
-    largest_operations: tuple[Work, ...]
+    largest_operations: tuple[Operation, ...]
     loops_of_unknown_length: tuple[str, ...]
 
     @property
@@ -262,36 +274,55 @@ def _memory(analysis: Any, limit: float | None) -> Memory:
 
 def _costs(text: str, config: TrainConfig, topology: Topology) -> Costs:
     module = parse(text)
-    found, each = collectives(module), work(module)
-    chip = topology.chip
+    found, each, chip = collectives(module), work(module), topology.chip
+    flops, moved = sum(one.times * one.flops for one in each), sum(one.times * one.bytes for one in each)
     busy = sent = mfu = tokens = None
-
-    def seconds(operation: Work) -> float:
-        if chip is None:
-            return operation.times * operation.flops
-        peak = chip.bf16_flops if config.model.dtype == "bfloat16" else chip.float32_flops
-        return operation.times * max(operation.flops / peak, operation.bytes / chip.hbm_bandwidth)
-
     if chip is not None:
-        peak = chip.bf16_flops if config.model.dtype == "bfloat16" else chip.float32_flops
-        moving = sum(operation.times * operation.bytes for operation in each) / chip.hbm_bandwidth
-        busy = max(sum(seconds(operation) for operation in each if not operation.asynchronous), moving)
+        peak = _peak(chip, config)
+        busy = max(sum(_seconds(one, chip, peak) for one in each if not one.asynchronous), moved / chip.hbm_bandwidth)
         sent = sum(c.times * c.bytes / topology.interconnect_bandwidth(c.group_size) for c in found if c.group_size > 1)
         bounds = max(busy, sent), busy + sent
         mfu = tuple(step_flops(config) / (peak * topology.chips * bound) for bound in bounds)
         tokens = tuple(config.batch_size * config.data.length / bound for bound in bounds)
     return Costs(
-        hardware_flops=topology.chips * sum(operation.times * operation.flops for operation in each),
-        memory_bytes=sum(operation.times * operation.bytes for operation in each),
+        hardware_flops=topology.chips * flops,
+        memory_bytes=moved,
         interconnect=traffic(found),
         busy_seconds=busy,
         interconnect_seconds=sent,
         mfu=mfu,
         tokens_per_second=tokens,
-        largest_collectives=tuple(sorted(found, key=lambda c: -c.times * c.bytes)[:LISTED]),
-        largest_operations=tuple(sorted(each, key=lambda operation: -seconds(operation))[:LISTED]),
+        largest_collectives=_largest_collectives(found),
+        largest_operations=_largest_operations(each, chip, config),
         loops_of_unknown_length=tuple(name for name, trips in trip_counts(module).items() if trips is None),
     )
+
+
+def _peak(chip: Chip, config: TrainConfig) -> float:
+    return chip.bf16_flops if config.model.dtype == "bfloat16" else chip.float32_flops
+
+
+def _seconds(one: Work, chip: Chip, peak: float) -> float:
+    return one.times * max(one.flops / peak, one.bytes / chip.hbm_bandwidth)
+
+
+def _largest_collectives(found: list[Collective]) -> tuple[Collective, ...]:
+    times = collections.Counter()
+    for one in found:
+        times[one._replace(times=0)] += one.times
+    merged = [one._replace(times=count) for one, count in times.items()]
+    return tuple(sorted(merged, key=lambda one: -one.times * one.bytes)[:LISTED])
+
+
+def _largest_operations(each: list[Work], chip: Chip | None, config: TrainConfig) -> tuple[Operation, ...]:
+    seconds, flops, moved = (collections.Counter() for _ in range(3))
+    for one in each:
+        flops[one.op_name] += one.times * one.flops
+        moved[one.op_name] += one.times * one.bytes
+        if chip is not None and not one.asynchronous:
+            seconds[one.op_name] += _seconds(one, chip, _peak(chip, config))
+    largest = (flops if chip is None else seconds).most_common(LISTED)
+    return tuple(Operation(name, seconds[name] if chip else None, flops[name], moved[name]) for name, _ in largest)
 
 
 def _needed(message: str) -> float | None:

@@ -124,6 +124,7 @@ def train(
         if first < config.steps:
             with ledger.measure("compile"):
                 run_step = step_fn.lower(abstract, abstract_batch(config, sharding)).compile()
+                hosts.agree(0, "compiled")
 
         # 6. State: that of a checkpoint, or fresh
         if first:
@@ -157,6 +158,7 @@ def train(
         known = validated is not None or any(line["step"] == first for line in read_validations(workdir))
         if first and not hosts.agree(known, "validated"):
             validate(first, state.params)  # the start before this one was stopped between the step and its validation
+        hosts.agree(0, "ready")  # the first collective waits for the other processes for half a minute only
         ledger.enter(first, rest="init")
 
         # 7. Steps. The host looks at the metrics of step n after step n + 1 is dispatched: the device never waits.

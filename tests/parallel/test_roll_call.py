@@ -190,7 +190,8 @@ def test_one_that_was_started_again_while_others_were_awaited_takes_its_place(po
     waiting.kill()
     waiting.communicate()
     again, last = member(port, 1, 3), member(port, 2, 3)
-    for one in (first, again, last):
-        assert json.loads(one.stdout.readline()) == [socket.gethostname()] * 3
+    members = (first, again, last)
+    assert [json.loads(one.stdout.readline()) for one in members] == [[socket.gethostname()] * 3] * 3
+    for one in members:
         one.kill()
         one.communicate()

@@ -33,6 +33,7 @@ def test_a_run_leaves_metrics_config_tokenizer_and_checkpoints(finished_run):
         "config.json",
         "goodput.jsonl",
         "metrics.jsonl",
+        "shardings.txt",
         "tensorboard",
         "tokenizer.model",
     }
