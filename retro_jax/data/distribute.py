@@ -39,6 +39,10 @@ Work = Callable[[ShardWriter, dict[str, Any]], None]
 _advances: dict[str, Callable[[int], None]] = {}  # name of a run to the progress bar it has in this process
 
 
+class WorkersError(UserError):
+    """The workers are to blame, not the input: the same command may succeed when it is run again."""
+
+
 @dataclasses.dataclass(frozen=True)
 class BeamOptions:
     """Where the units are worked off.
@@ -94,8 +98,8 @@ def distribute(stage: Stage, units: Sequence[Unit], work: Work, options: BeamOpt
       unit: what the sizes count, a plural noun.
 
     Raises:
-      UserError: what a worker raised; a worker process was lost; or shards that were written do not appear here. What
-        other units have finished stays.
+      UserError: what a worker raised. What other units have finished stays.
+      WorkersError: a worker process was lost, or shards that were written do not appear here.
       OSError: what a worker raised, such as a full disk.
     """
     pending = [entry for entry in units if not all(map(stage.has, entry.shards))]
@@ -120,7 +124,7 @@ def distribute(stage: Stage, units: Sequence[Unit], work: Work, options: BeamOpt
     for entry in pending:
         for name in entry.shards:
             if not stage.has(name):
-                raise UserError(
+                raise WorkersError(
                     f"{stage.directory / name}: the pipeline has ended and this shard is not here; the workers must "
                     "write to a file system that this machine sees, under the same path"
                 )

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from retro_jax.data.arrays import ArrayWriter
-from retro_jax.data.distribute import BeamOptions, Unit, distribute
+from retro_jax.data.distribute import BeamOptions, Unit, WorkersError, distribute
 from retro_jax.data.shingles import BANDS, ROWS, band_keys, jaccard, shingles
 from retro_jax.data.sources import Source
 from retro_jax.data.stage import Manifest, ShardWriter, Stage, file_sha256, fingerprint, shard_name
@@ -255,7 +255,13 @@ def _write_evaluation(
         Unit(part, {"source": source, "shards": part, "n": n}, Path(source["path"]).stat().st_size)
         for part, source in zip(parts, _sources(evaluation, skip_bad), strict=True)
     ]
-    distribute(stage, units, write_shingles, options, label="evaluation documents", unit="bytes")
+    try:
+        distribute(stage, units, write_shingles, options, label="evaluation documents", unit="bytes")
+    except WorkersError:
+        raise
+    except UserError:
+        stage.discard()  # a mended input must not find the traces of the bad one
+        raise
     return parts
 
 
