@@ -42,11 +42,11 @@ def shard_folder(index: int, count: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class LoadedShard:
-    """A shard in memory: its number in the index, chunk ids int64 [n] and searcher."""
+    """A shard in memory: its number in the index, chunk ids int64 [n] and searcher; None without any vector."""
 
     number: int
     ids: np.ndarray
-    searcher: ScannShard
+    searcher: ScannShard | None
 
 
 class Index:
@@ -84,19 +84,17 @@ class Index:
 
         Args:
           directory: output of the index stage.
-          shards: numbers of those to load; None: all.
+          shards: numbers of those to load, also none of them; None: all.
           verify: compare the checksums of what is loaded first; without, a damaged file may load and answer wrongly.
 
         Raises:
           UserError: incomplete, damaged, or not an index; no such shard; ScaNN not installed.
         """
         directory = Path(directory)
-        manifest = load_manifest(directory, "index")
-        if manifest.settings.get("layout") != LAYOUT:
-            raise UserError(f"{directory} was built by an older program, as one shard; build it again")
+        manifest = _load_manifest(directory)
         count = manifest.settings["num_shards"]
         chosen = list(range(count)) if shards is None else sorted(set(shards))
-        if not chosen or chosen[0] < 0 or chosen[-1] >= count:
+        if chosen and not 0 <= chosen[0] <= chosen[-1] < count:
             raise UserError(f"{directory} has shards 0 to {count - 1}; cannot load {shards}")
         folders = {shard_folder(number, count) for number in chosen}
         if verify:
@@ -112,6 +110,15 @@ class Index:
             [_load_shard(directory, manifest, number) for number in chosen],
             _load_router(directory, manifest),
         )
+
+    @staticmethod
+    def count_shards(directory: str | os.PathLike) -> int:
+        """How many shards a finished index directory has.
+
+        Raises:
+          UserError: incomplete, or not an index.
+        """
+        return _load_manifest(Path(directory)).settings["num_shards"]
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k nearest chunks of each query in the loaded shards that it visits: nearest first, equals by id.
@@ -129,6 +136,19 @@ class Index:
         Raises:
           UserError: wrong shape, a query that is not finite, or k < 1.
         """
+        queries = self.checked(queries, k)
+        if not len(queries) or not self._loaded:
+            return np.full((len(queries), k), -1, np.int64), np.full((len(queries), k), np.inf, np.float32)
+        visits = None if self.router is None else self.router.visits(queries, k)
+        found = [_search_shard(shard, queries, k, visits) for shard in self._loaded]
+        return merge(found, k)
+
+    def checked(self, queries: np.ndarray, k: int) -> np.ndarray:
+        """Queries as float32 [q, E], when they and k can be searched.
+
+        Raises:
+          UserError: wrong shape, a query that is not finite, or k < 1.
+        """
         queries = np.asarray(queries)
         if queries.ndim != 2 or queries.shape[1] != self.dimension:
             raise UserError(f"queries have shape {queries.shape}, the index takes [q, {self.dimension}]")
@@ -138,11 +158,7 @@ class Index:
         if not np.isfinite(queries).all():
             bad = int(np.flatnonzero(~np.isfinite(queries).all(1))[0])
             raise UserError(f"query {bad} is not finite")
-        if not len(queries):
-            return np.full((0, k), -1, np.int64), np.full((0, k), np.inf, np.float32)
-        visits = None if self.router is None else self.router.visits(queries, k)
-        found = [_search_shard(shard, queries, k, visits) for shard in self._loaded]
-        return merge(found, k)
+        return queries
 
 
 def merge(found: Sequence[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -171,10 +187,17 @@ def _search_shard(
     rows = slice(None) if visits is None else np.flatnonzero(visits[:, shard.number])
     ids = np.full((len(queries), count), -1, np.int64)
     squares = np.full((len(queries), count), np.inf, np.float32)
-    if visits is None or len(rows):
+    if count and (visits is None or len(rows)):
         at, squares[rows] = shard.searcher.search(queries[rows], count)
         ids[rows] = np.where(at >= 0, shard.ids[at], -1)
     return ids, squares
+
+
+def _load_manifest(directory: Path) -> Manifest:
+    manifest = load_manifest(directory, "index")
+    if manifest.settings.get("layout") != LAYOUT:
+        raise UserError(f"{directory} was built by an older program, as one shard; build it again")
+    return manifest
 
 
 def _load_shard(directory: Path, manifest: Manifest, number: int) -> LoadedShard:
@@ -182,6 +205,8 @@ def _load_shard(directory: Path, manifest: Manifest, number: int) -> LoadedShard
     description = json.loads((directory / folder / SHARD).read_text(encoding="utf-8"))
     settings, size = IndexSettings(**description["settings"]), description["counts"]["vectors"]
     ids = load_array(directory / folder / IDS, np.int64, (size,))
+    if not size:
+        return LoadedShard(number, ids, None)
     prefix = f"{folder}/{SCANN}/"
     listed = [shard.name.removeprefix(prefix) for shard in manifest.shards if shard.name.startswith(prefix)]
     return LoadedShard(number, ids, ScannShard.load(directory / prefix, settings, size, listed))

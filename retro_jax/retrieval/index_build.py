@@ -164,7 +164,7 @@ def build_shard(writer: ShardWriter, arguments: dict[str, Any]) -> None:
     for name, array in ((IDS, ids), (PROBES, answers)):
         with writer.shard(f"{folder}/{name}") as (path, _), open(path, "wb") as file:
             np.save(file, array, allow_pickle=False)
-    description = {"settings": dataclasses.asdict(settings), "counts": {"vectors": len(ids)}}
+    description = {"settings": dataclasses.asdict(settings), "counts": {"vectors": len(ids), "kind": settings.kind}}
     with writer.shard(f"{folder}/{SHARD}") as (path, counts):
         path.write_text(json.dumps(description, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         counts.update(description["counts"])
@@ -258,7 +258,8 @@ def _totals(stage: Stage, embeddings: EmbeddingSet, count: int) -> dict[str, Any
     total = sum(sizes)
     if total != embeddings.manifest.counts["chunks"] - embeddings.manifest.counts["empty"]:
         raise UserError(f"{embeddings.directory}: other empty chunks than its manifest counts; embed the corpus again")
-    return {"vectors": total, "empty": len(embeddings) - total, "shard_vectors": sizes}
+    kinds = sorted({stage.counts(f"{shard_folder(number, count)}/{SHARD}")["kind"] for number in range(count)})
+    return {"vectors": total, "empty": len(embeddings) - total, "shard_vectors": sizes, "kinds": kinds}
 
 
 def _recall(directory: Path, sizes: list[int], cells: int, cells_to_visit: int | None, goal: float) -> dict[str, Any]:

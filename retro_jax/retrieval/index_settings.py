@@ -15,7 +15,10 @@ The rules, in one place (n: vectors of a shard, d: their components):
 """
 
 import dataclasses
+import json
 import math
+import os
+from pathlib import Path
 
 from retro_jax.errors import UserError
 
@@ -54,6 +57,21 @@ class IndexSettings:
     dimensions_per_block: int | None = None
     spill: float | None = None
     training_sample: int = 100_000
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "IndexSettings":
+        """Reads settings from a JSON file: an object of any of the attributes, or one that has it as "settings".
+
+        Raises:
+          UserError: no such file, or another kind of content.
+        """
+        try:
+            value = json.loads(Path(path).read_text(encoding="utf-8"))
+            return cls(**value.get("settings", value))
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file; write one with tools/tune_index.py") from None
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: no settings of an index ({str(error).replace('__init__() ', '')})") from None
 
     def resolve(self, n: int, dimension: int, *, unit: bool) -> "IndexSettings":
         """The settings with every choice made, but for `leaves_to_search`, which may be left to measurement.

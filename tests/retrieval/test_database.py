@@ -12,7 +12,7 @@ from retro_jax.errors import UserError
 from retro_jax.retrieval.database import Database, search_excluding
 from retro_jax.retrieval.embedder import Embedder, EmbeddingSet, embed_corpus
 from retro_jax.retrieval.exact import exact_search
-from retro_jax.retrieval.index import build_index
+from retro_jax.retrieval.index_build import build_index
 
 
 class ExactIndex:

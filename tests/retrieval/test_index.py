@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from retro_jax.errors import UserError
 from retro_jax.retrieval.exact import exact_search
-from retro_jax.retrieval.index import Index, IndexSettings, build_index
+from retro_jax.retrieval.index import Index
+from retro_jax.retrieval.index_build import build_index
+from retro_jax.retrieval.index_settings import IndexSettings
 
 
 def clustered(n: int, width: int = 16, seed: int = 0) -> np.ndarray:
