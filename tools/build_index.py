@@ -5,8 +5,8 @@
 
 The shards are built each for itself, and run again it goes on after the last finished one. Up to 20,000 vectors of a
 shard are searched exactly (brute force), more with a tree of leaves and product codes. How many leaves a query visits
-is measured, so that recall@2 reaches --min_recall; where it cannot, the build fails. With --cells the shards are made of
-the cells of a clustering, and a query visits only those of its nearest cells. --settings takes what tools/tune_index.py
+is measured, so that recall@2 reaches --min_recall; where it cannot, the build fails. With --cells the shards are made
+of the cells of a clustering, and a query visits only those of its nearest cells. --settings takes what tune_index.py
 wrote.
 """
 

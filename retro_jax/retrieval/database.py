@@ -10,14 +10,12 @@ import numpy as np
 
 from retro_jax.data.stage import fingerprint
 from retro_jax.errors import UserError
+from retro_jax.retrieval.excluding import search_excluding
 from retro_jax.retrieval.index import Index, merge
 from retro_jax.retrieval.segments import ADDITIONS, DatabaseCorpus, Segments
 
 if TYPE_CHECKING:  # the embedder brings JAX, and a server that only searches needs none
     from retro_jax.retrieval.embedder import Embedder
-
-# Hits held at once while neighbours of other documents are looked for: about 200 MB.
-_MAX_HITS = 8_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,20 +142,12 @@ class Database:
     def search_found(
         self, vectors: np.ndarray, k: int, exclude_keys: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray, int]:
-        """The same, and how many nearer hits of excluded documents were dropped altogether.
-
-        Fetches more than k and drops; rows with fewer than k survivors fetch twice as many, until k survive or the
-        loaded shards have no more.
-        """
+        """The same, and how many nearer hits of excluded documents were dropped altogether."""
         vectors = self.indexes[0].checked(vectors, k)
-        ids = np.full((len(vectors), k), -1, np.int64)
-        distances = np.full((len(vectors), k), np.inf, np.float32)
-        pending = np.flatnonzero(vectors.any(1))
-        if exclude_keys is None and not len(self.corpus.segments.removed):
-            ids[pending], distances[pending] = self.search_indexes(vectors[pending], k)
-            return ids, distances, 0
-        excluded = np.full((len(vectors), 1), -1) if exclude_keys is None else np.asarray(exclude_keys, np.int64)
-        return self._search_excluding(vectors, k, excluded.reshape(len(vectors), -1), pending, ids, distances)
+        removed = self.corpus.removed if len(self.corpus.segments.removed) else None
+        return search_excluding(
+            self.search_indexes, self.size, self.document_keys, vectors, k, exclude_keys, removed=removed
+        )
 
     def search_indexes(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k nearest of all loaded shards, removed chunks among them; see `Index.search`."""
@@ -215,42 +205,6 @@ class Database:
             "vectors": sum(index.manifest.counts["vectors"] for index in self.indexes),
             "recall_at_2": min(index.manifest.counts["recall_at_2"] for index in self.indexes),
         }
-
-    def _search_excluding(
-        self,
-        vectors: np.ndarray,
-        k: int,
-        excluded: np.ndarray,
-        pending: np.ndarray,
-        ids: np.ndarray,
-        distances: np.ndarray,
-    ) -> tuple[np.ndarray, np.ndarray, int]:
-        """Fills the rows `pending` of ids and distances [n, K] with what is not excluded [n, X]."""
-        dropped = 0
-        fetch = 2 * k + 8
-        while len(pending):
-            fetch = max(k, min(fetch, self.size))
-            if len(pending) * fetch > _MAX_HITS and len(pending) > 1:
-                # Rows that still lack neighbours want much of the index: fewer at a time keep memory bounded.
-                for part in np.array_split(pending, 2):
-                    dropped += self._search_excluding(vectors, k, excluded, part, ids, distances)[2]
-                break
-            hits, squares = self.search_indexes(vectors[pending], fetch)
-            real = hits >= 0
-            same = (self.document_keys(hits)[:, :, None] == excluded[pending][:, None, :]).any(2) & real
-            survives = real & ~same & ~self.corpus.removed(hits)
-            # A row with an empty place has got all there is for it.
-            settled = (survives.sum(1) >= k) | ~real[:, -1] | (fetch >= self.size)
-            rows, order = pending[settled], np.argsort(~survives[settled], axis=1, kind="stable")[:, :k]
-            kept = np.take_along_axis(survives[settled], order, 1)
-            ids[rows] = np.where(kept, np.take_along_axis(hits[settled], order, 1), -1)
-            distances[rows] = np.where(kept, np.take_along_axis(squares[settled], order, 1), np.inf)
-            # Only hits before the k-th survivor were in the way.
-            before = np.cumsum(survives[settled], axis=1) < k
-            dropped += int((same[settled] & before).sum())
-            pending = pending[~settled]
-            fetch *= 2
-        return ids, distances, dropped
 
 
 def require_embedder(given: str, recorded: str, what: str) -> None:

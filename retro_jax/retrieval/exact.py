@@ -97,15 +97,19 @@ def recall(found: np.ndarray, exact_distances: np.ndarray, queries: np.ndarray, 
 def _merge(
     distances: np.ndarray, ids: np.ndarray, queries: np.ndarray, rows: np.ndarray, first: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Puts a block of database rows into the running best [q, kept], in no order."""
+    """Puts a block of database rows into the running best [q, kept], equally near ones in order of id."""
     squares = np.square(rows).sum(1) - 2 * (queries @ rows.T)
     squares += np.square(queries).sum(1, keepdims=True)
     kept = distances.shape[1]
+    at = np.broadcast_to(np.arange(len(rows)), squares.shape)
     if len(rows) > kept:
-        at = np.argpartition(squares, kept - 1, axis=1)[:, :kept]
-        squares = np.take_along_axis(squares, at, 1)
-    else:
-        at = np.broadcast_to(np.arange(len(rows)), squares.shape)
-    distances, ids = np.concatenate([distances, squares], axis=1), np.concatenate([ids, first + at], axis=1)
-    best = np.argpartition(distances, kept - 1, axis=1)[:, :kept]
+        at = np.sort(np.argpartition(squares, kept - 1, axis=1)[:, :kept], axis=1)
+        nearest = np.take_along_axis(squares, at, 1)
+        # Of vectors equally near at the edge the partition takes any; the first are wanted.
+        edge = nearest.max(1, keepdims=True)
+        for row in np.flatnonzero((squares == edge).sum(1) > (nearest == edge).sum(1)):
+            at[row] = np.sort(np.argsort(squares[row], kind="stable")[:kept])
+    distances = np.concatenate([distances, np.take_along_axis(squares, at, 1)], axis=1)
+    ids = np.concatenate([ids, first + at], axis=1)
+    best = np.argsort(distances, axis=1, kind="stable")[:, :kept]
     return np.take_along_axis(distances, best, 1), np.take_along_axis(ids, best, 1)
