@@ -5,7 +5,7 @@
 
 It measures on --vectors vectors of the database, as many as a shard is to have; queries are chunks beside them. Leaves,
 spilling (SOAR), components a code, rescoring in bfloat16, depth of rescoring and leaves to search are tried; the file
-also has what was tried. A shard of another size gets its leaves by rule and its leaves to search by measurement.
+also has what was tried. The number of leaves is for that many vectors; how many are searched the build measures anew.
 """
 
 import dataclasses
@@ -42,9 +42,7 @@ def main() -> None:
     rows = embeddings.vectors(chosen)
     rows = rows[rows.any(1)]
     if len(rows) < 2 * _QUERIES.value:
-        raise UserError(
-            f"{_EMBEDDINGS.value}: {len(rows):,} vectors are too few to tune with; brute force is quick there"
-        )
+        raise UserError(f"{_EMBEDDINGS.value}: {len(rows):,} vectors are too few to tune with; use brute force")
     asked = np.zeros(len(rows), bool)
     asked[np.random.default_rng(_SEED.value + 1).choice(len(rows), _QUERIES.value, replace=False)] = True
     unit = bool(embeddings.manifest.settings["embedder"].get("normalize"))
@@ -54,7 +52,7 @@ def main() -> None:
             progress.update(1)
             print(_line(trial))
     best = tuner.best
-    # Leaves are for this number of vectors; a build of another number takes the rule's and measures those to search.
+    # The build measures the leaves to search on the vectors that it has.
     settings = {**dataclasses.asdict(best.settings), "leaves_to_search": None, "training_sample": 100_000}
     trials = [dataclasses.asdict(trial) for trial in tuner.trials]
     write_json(

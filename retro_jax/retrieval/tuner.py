@@ -1,8 +1,7 @@
 """Finds the settings of an index by measurement: the quickest that reach a recall, on a database's own vectors.
 
-One setting is varied at a time, in the order of what it changes, and the best value is kept: leaves, spilling, components
-a code, rescoring in bfloat16. For each that is built, the depth of rescoring is tried and the leaves to search are the
-fewest that reach the recall.
+One setting is varied at a time and the best value is kept: leaves, spilling, components a code, rescoring in bfloat16.
+For each that is built, the depth of rescoring is tried, and the leaves to search are the fewest that reach the recall.
 """
 
 import dataclasses
@@ -76,18 +75,16 @@ class Tuner:
         Args:
           start: what is varied; None: the rules.
         """
-        best = (start or IndexSettings(kind="tree")).resolve(
-            len(self._vectors), self._vectors.shape[1], unit=self._unit
-        )
-        rule = best.num_leaves
-        yield self._measure(best)
-        variations = [{"num_leaves": round(rule * factor)} for factor in LEAVES]
-        if best.score == "dot_product":
+        start = start or IndexSettings(kind="tree")
+        rules = start.resolve(len(self._vectors), self._vectors.shape[1], unit=self._unit)
+        yield self._measure(rules)
+        variations = [{"num_leaves": round(rules.num_leaves * factor)} for factor in LEAVES]
+        if rules.score == "dot_product":
             variations += [{"spill": value} for value in SPILLS]
         variations += [{"dimensions_per_block": value} for value in DIMENSIONS]
         variations += [{"rescore": "bfloat16"}]
         for variation in variations:
-            if variation.get("num_leaves", rule) <= len(self._vectors) // 2:
+            if variation.get("num_leaves", 1) <= len(self._vectors) // 2:
                 yield self._measure(dataclasses.replace(self.best.settings, **variation))
 
     @property
