@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import children
+from benchmarks import children, search_measure
 from retro_jax.errors import UserError
 from retro_jax.retrieval.exact import exact_search
 
@@ -74,6 +74,7 @@ def search_lines(
     goal: float = 0.95,
     k: int = 2,
     cores: int = 1,
+    seconds: float = search_measure.SECONDS,
 ) -> Iterator[dict[str, Any]]:
     """Measures every engine at every size; a line each, and at the end of a size one that compares them.
 
@@ -86,6 +87,7 @@ def search_lines(
       goal: recall@k at which the engines are compared.
       k: neighbours.
       cores: that may search.
+      seconds: of a round of searches.
 
     Raises:
       UserError: too few vectors, or a peer that cannot be installed.
@@ -98,7 +100,7 @@ def search_lines(
     python = environment(peer_python) if peers else ""
     for size in sizes:
         with tempfile.TemporaryDirectory() as directory:
-            job = _write(Path(directory), rows[:size], queries, k) | {"k": k, "cores": cores}
+            job = _write(Path(directory), rows[:size], queries, k) | {"k": k, "cores": cores, "seconds": seconds}
             common = {"benchmark": "retrieval", "vectors": size, "dimension": rows.shape[1], "k": k, "cores": cores}
             lines = [{**common, "engine": "retro_jax", **_ours(Path(directory), job, settings or {})}]
             yield lines[-1] | best(lines[-1]["points"], goal)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 BATCH = 1024
-_SECONDS = 1.0
+SECONDS = 0.3
 _ROUNDS = 3
 
 
@@ -18,6 +18,7 @@ def curve(
     queries: np.ndarray,
     limits: np.ndarray,
     *,
+    seconds: float = SECONDS,
     stop: float = 0.995,
 ) -> list[dict[str, Any]]:
     """Queries a second against recall, over settings that cost more and more.
@@ -28,13 +29,14 @@ def curve(
       vectors: [n, E].
       queries: [q, E].
       limits: [q], squared distance of the k-th true neighbour.
+      seconds: of a round, of which the best of three counts.
       stop: recall at which the curve ends.
     """
     points = []
     for setting in settings:
         rows = np.concatenate([search(block, setting) for block in _blocks(queries)])
         recall = recall_of(rows, vectors, queries, limits)
-        points.append({"setting": setting, "recall": recall, **_rate(search, setting, queries)})
+        points.append({"setting": setting, "recall": recall, **_rate(search, setting, queries, seconds)})
         if recall >= stop:
             break
     return points
@@ -50,12 +52,14 @@ def recall_of(rows: np.ndarray, vectors: np.ndarray, queries: np.ndarray, limits
     return hits / rows.size
 
 
-def _rate(search: Callable[[np.ndarray, Any], np.ndarray], setting: Any, queries: np.ndarray) -> dict[str, float]:
-    """Best and median of a few rounds, each of at least `_SECONDS`."""
+def _rate(
+    search: Callable[[np.ndarray, Any], np.ndarray], setting: Any, queries: np.ndarray, seconds: float
+) -> dict[str, float]:
+    """Best and median of a few rounds, each of at least so many seconds."""
     rates = []
     for _ in range(_ROUNDS):
         done, begun = 0, time.perf_counter()
-        while time.perf_counter() - begun < _SECONDS:
+        while time.perf_counter() - begun < seconds:
             for block in _blocks(queries):
                 search(block, setting)
                 done += len(block)

@@ -39,7 +39,9 @@ def main(arguments: list[str]) -> None:
     def search(block: np.ndarray, setting: list[int]) -> np.ndarray:
         return shard.search(block, job["k"], leaves=setting[0], reorder=setting[1])[0]
 
-    measure.report({"points": search_measure.curve(search, job["sweep"], vectors, queries, limits)})
+    measure.report(
+        {"points": search_measure.curve(search, job["sweep"], vectors, queries, limits, seconds=job["seconds"])}
+    )
 
 
 if __name__ == "__main__":

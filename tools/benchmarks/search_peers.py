@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> None:
             "version": version,
             "build_seconds": seconds,
             "bytes_per_vector": size / len(vectors),
-            "points": search_measure.curve(search, settings, vectors, queries, limits),
+            "points": search_measure.curve(search, settings, vectors, queries, limits, seconds=job["seconds"]),
             "peak_memory_bytes": measure.peak_memory_bytes(),
         }
     )
