@@ -198,7 +198,8 @@ def test_compaction_holds_what_was_left_and_nothing_else(database, make_corpus, 
     real = vectors[kept].any(1)
     ours, theirs = compacted.search(vectors[kept][real], 4), changed.search(vectors[kept][real], 4)
     np.testing.assert_array_equal(ours[0], np.where(theirs[0] >= 0, number[theirs[0]], -1))
-    np.testing.assert_array_equal(ours[1], theirs[1])
+    # ScaNN's sums differ in the last bit with a vector's place in its shard.
+    np.testing.assert_allclose(ours[1], theirs[1], rtol=1e-6, atol=1e-7)
     remove_documents(database, ids=["d1"])
     with pytest.raises(UserError, match=r"inputs\.database"):
         compact_database(database, tmp_path / "DB2", num_shards=2)
