@@ -20,7 +20,6 @@ DEPTHS = (12, 16, 24, 32, 48, 64, 96, 128)  # candidates rescored, for each neig
 LEAVES = (0.5, 2.0, 4.0)  # times the rule's
 SPILLS = (1.0, 1.5)
 DIMENSIONS = (3, 4)
-_SECONDS = 0.5
 _GROWTH = 1.12
 
 
@@ -50,7 +49,16 @@ class Tuner:
       trials: all so far.
     """
 
-    def __init__(self, vectors: np.ndarray, queries: np.ndarray, *, unit: bool, k: int = 2, goal: float = 0.95) -> None:
+    def __init__(
+        self,
+        vectors: np.ndarray,
+        queries: np.ndarray,
+        *,
+        unit: bool,
+        k: int = 2,
+        goal: float = 0.95,
+        seconds: float = 0.5,
+    ) -> None:
         """Finds the true neighbours of the queries.
 
         Args:
@@ -59,6 +67,7 @@ class Tuner:
           unit: all have length 1.
           k: neighbours.
           goal: recall@k to reach.
+          seconds: that a rate is measured over, of which the better of two counts.
 
         Raises:
           UserError: a number out of range.
@@ -66,6 +75,7 @@ class Tuner:
         if not 0 < goal <= 1:
             raise UserError(f"the recall to reach must be between 0 and 1, is {goal}")
         self._vectors, self._queries, self._unit, self._k, self._goal = vectors, queries, unit, k, goal
+        self._seconds = seconds
         self._limits = exact_search(queries, vectors, k)[1].max(1)
         self.trials: list[Trial] = []
 
@@ -138,7 +148,7 @@ class Tuner:
         rates = []
         for _ in range(2):
             done, begun = 0, time.perf_counter()
-            while time.perf_counter() - begun < _SECONDS:
+            while time.perf_counter() - begun < self._seconds:
                 for first in range(0, len(self._queries), BATCH):
                     block = self._queries[first : first + BATCH]
                     searcher.search(block, self._k, leaves=leaves, reorder=depth)
