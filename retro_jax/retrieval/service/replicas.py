@@ -23,12 +23,16 @@ from retro_jax.retrieval.service.security import ClientSecurity
 from retro_jax.retrieval.service.wire import SERVICE, RefusedError
 
 METHODS = ("Describe", "Search", "Fetch")
-# What another replica, or the same one later, may well answer.
-_WORTH_RETRYING = (
+# What the same server may well answer later, and another one now.
+_PASSING = (
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.RESOURCE_EXHAUSTED,
-    grpc.StatusCode.FAILED_PRECONDITION,  # it does not hold the version (yet, or any longer)
     grpc.StatusCode.CANCELLED,  # by a server that goes away
+    grpc.StatusCode.DEADLINE_EXCEEDED,  # the server's own, before ours
+)
+# What only another server may answer.
+_OF_THIS_SERVER = (
+    grpc.StatusCode.FAILED_PRECONDITION,  # it does not hold the version
     grpc.StatusCode.INTERNAL,
     grpc.StatusCode.UNKNOWN,
 )
@@ -248,13 +252,15 @@ class _Question:
             backend.mark(False)
         if code is grpc.StatusCode.DEADLINE_EXCEEDED and time.monotonic() >= self._deadline - 0.01:
             self.give_up()
-        elif code not in (*_WORTH_RETRYING, grpc.StatusCode.DEADLINE_EXCEEDED):
+        elif code not in (*_PASSING, *_OF_THIS_SERVER):
             self.answer = RefusedError(code, _short(call.details()))
         elif not self._running:
             if self._attempts >= self._group.patience.attempts:
                 self.answer = RefusedError(code, self._last)
             elif self._group.best(avoid=self._tried):
                 self._repeat()
+            elif code in _OF_THIS_SERVER:
+                self.answer = RefusedError(code, self._last)
             else:
                 pause = min(self._group.patience.first_pause * 2**self._pauses, self._group.patience.longest_pause)
                 self._pauses += 1
