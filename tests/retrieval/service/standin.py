@@ -2,7 +2,8 @@
 
 python standin.py DIRECTORY SHARDS --slots=2 ...      # flags: fields of ServerOptions; shards like 0,1
 
-The directory has world.json (which database it is) and, when a test puts one there, delay-PORT (seconds of a search).
+The directory has world.json (which database it is) and, when a test puts one there, delay-PORT (seconds of a search);
+searching-PORT appears with the first such search.
 """
 
 import contextlib
@@ -93,7 +94,9 @@ class WorldHolding:
 
     def search(self, query):
         with contextlib.suppress(FileNotFoundError):
-            time.sleep(float((self._directory / f"delay-{self._place['port']}").read_text()))
+            seconds = float((self._directory / f"delay-{self._place['port']}").read_text())
+            (self._directory / f"searching-{self._place['port']}").touch()
+            time.sleep(seconds)
         return Found(*self._world.search(query.vectors, query.k, query.exclude_keys, self._shards))
 
     def neighbour_tokens(self, ids):
@@ -113,7 +116,7 @@ def main() -> None:
     start_delay = float(given.pop("start_delay", 0))
     keep_seconds = float(given.pop("keep_seconds", 30))
     numbers = {name: (float if "." in value else int)(value) for name, value in given.items()}
-    options = ServerOptions(port=0, limits=limits, **numbers)
+    options = ServerOptions(**{"port": 0, "limits": limits, **numbers})
     place = {}
 
     def started(port: int) -> None:

@@ -33,7 +33,7 @@ def test_a_slow_shard_without_a_replica_is_named_before_the_deadline(start_clust
         cluster.delay(cluster.shards[1][0], 2)
         with RetrievalClient(cluster.front.address, seconds=0.5, patience=ONCE) as client:
             started = time.monotonic()
-            with pytest.raises(RetrievalError, match="shard 1 of 2.*no answer in time") as refused:
+            with pytest.raises(RetrievalError, match=r"shard 1 of 2: .*no answer in time") as refused:
                 client.search(queries_of(0, 1), 2)
             assert refused.value.code is grpc.StatusCode.UNAVAILABLE
             assert time.monotonic() - started < 0.6
@@ -41,7 +41,7 @@ def test_a_slow_shard_without_a_replica_is_named_before_the_deadline(start_clust
         shard = cluster.shards[1][0]
         with RetrievalClient(shard.address, seconds=0.3, patience=ONCE) as client:
             started = time.monotonic()
-            with pytest.raises(RetrievalError, match="in time|Deadline Exceeded") as refused:
+            with pytest.raises(RetrievalError, match=r"in time|Deadline Exceeded") as refused:
                 client.search(queries_of(0, 1), 2)
             assert refused.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
             assert time.monotonic() - started < 0.6
@@ -81,14 +81,20 @@ def test_a_dead_shard_is_named_and_partial_answers_only_on_request_and_marked(st
         assert health(cluster.front.address) == "SERVING"  # it is the one that says which shard is dead
 
 
-def test_kill_9_of_a_replica_under_load_loses_no_request_and_it_comes_back(start_cluster):
+def test_kill_9_of_a_replica_under_load_loses_no_request_and_it_may_come_back(start_cluster):
     with start_cluster() as cluster, RetrievalClient(cluster.front.address) as client:
+        killed, other = cluster.shards[0]
         with Load(lambda queries: client.search(queries, 2)[0], 4) as load:
             load.wait(40)
-            cluster.shards[0][0].kill()
+            killed.kill()
             load.wait(80)
-            cluster.shards[1][1].kill()
+            again = standin(cluster.directory, "0", port=killed.port)
+            wait_ready(again)
+            load.wait(20)
+            other.kill()
             load.wait(80)
+        with running(again):
+            assert again.end() == 0
         load.check(cluster.world, k=2)
         assert max(outcome.seconds for outcome in load.outcomes) < 5
 
@@ -124,7 +130,7 @@ def test_a_request_under_way_is_finished_after_sigterm(tmp_path):
             RetrievalClient(server.address, patience=ONCE) as client,
             Load(lambda queries: client.search(queries, 2)[0], 2) as load,
         ):
-            while server.process.poll() is None and not _running(server):
+            while not (tmp_path / f"searching-{server.port}").exists():
                 time.sleep(0.01)
             server.signal(signal.SIGTERM)
             server.event("draining")
@@ -132,13 +138,6 @@ def test_a_request_under_way_is_finished_after_sigterm(tmp_path):
             load._stop.set()
         load.check(World(), k=2)
         assert server.process.wait(10) == 0
-
-
-def _running(server) -> bool:
-    """A search is under way: a second one would have to wait or run beside it, so ask the process itself."""
-    import psutil
-
-    return any("delay" in file.path for file in psutil.Process(server.process.pid).open_files()) or True
 
 
 def test_load_beyond_capacity_is_shed_and_what_is_accepted_stays_quick(tmp_path):
