@@ -8,7 +8,7 @@ from tiny_bert import write_tiny_bert
 
 from retro_jax.data.corpus import Corpus
 from retro_jax.retrieval.embedder import Embedder, embed_corpus
-from retro_jax.retrieval.index import build_index
+from retro_jax.retrieval.index_build import build_index
 
 
 @pytest.fixture(scope="module")

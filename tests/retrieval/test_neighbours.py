@@ -10,7 +10,7 @@ import pytest
 from retro_jax.errors import UserError
 from retro_jax.retrieval import database as database_module
 from retro_jax.retrieval.embedder import EmbeddingSet
-from retro_jax.retrieval.index import build_index
+from retro_jax.retrieval.index_build import build_index
 from retro_jax.retrieval.neighbours import NeighbourTable, find_neighbours
 
 WORDS = re.findall(r"\S+", "the cat of a house and 3 birds sing in the tree while it rains, he said; nobody came.")
