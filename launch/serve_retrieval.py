@@ -1,7 +1,7 @@
 """Serves a retrieval database over gRPC: as a shard server, or as a front that asks shard servers.
 
     python launch/serve_retrieval.py --database=DB                                  # all of it, at 127.0.0.1:50051
-    python launch/serve_retrieval.py --database=DB --shards=0,1 --port=50061        # some shards of its index
+    python launch/serve_retrieval.py --database=DB --shards=0/2 --port=50061        # half of its index shards
     python launch/serve_retrieval.py --backends=127.0.0.1:50061,127.0.0.1:50062     # a front, for clients
 
 SIGTERM drains and ends; SIGHUP loads a new version of the database beside the old one. docs/retrieval-service.md tells
@@ -17,7 +17,7 @@ from retro_jax import program
 from retro_jax.errors import UserError
 from retro_jax.retrieval.service.embedding import Embedding
 from retro_jax.retrieval.service.front import FrontSource
-from retro_jax.retrieval.service.holding import open_database, signature
+from retro_jax.retrieval.service.holding import ChosenShards, open_database, signature
 from retro_jax.retrieval.service.local import LocalSource
 from retro_jax.retrieval.service.log import Log
 from retro_jax.retrieval.service.metrics import Metrics
@@ -27,7 +27,7 @@ from retro_jax.retrieval.service.server import ServerOptions, serve
 from retro_jax.retrieval.service.wire import Limits
 
 _DATABASE = flags.DEFINE_string("database", None, "Database directory, or a link to one, for a shard server.")
-_SHARDS = flags.DEFINE_list("shards", None, "Shards of its index to serve; all by default.")
+_SHARDS = flags.DEFINE_string("shards", None, "Its index shards to serve: 0,2,5, or 0/2 for every second from 0.")
 _BACKENDS = flags.DEFINE_list("backends", None, "HOST:PORT of shard servers, for a front.")
 _EMBEDDER = flags.DEFINE_string("embedder", None, "The database's embedder, to search by texts and tokens.")
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Where to listen; elsewhere than on loopback TLS is needed.")
@@ -56,6 +56,7 @@ _GRACE = flags.DEFINE_float("grace_seconds", 30, "For requests under way, at the
 _RELOAD = flags.DEFINE_float("reload_seconds", 5, "How often to look for a new version; 0 only at SIGHUP.", 0)
 _KEEP = flags.DEFINE_float("keep_seconds", 30, "How long an old version that nobody asks for is kept.", 0)
 _RECALL = flags.DEFINE_float("recall_seconds", 300, "How often recall is checked again; 0 only at load.", 0)
+_MIN_RECALL = flags.DEFINE_float("min_recall", 0.8, "Recall on stored queries below which nothing is served.", 0, 1)
 _LOG_REQUESTS = flags.DEFINE_bool("log_requests", False, "Log successful requests too.")
 
 
@@ -106,13 +107,14 @@ def main() -> None:
         )
 
     def shards(log: Log, metrics: Metrics) -> LocalSource:
-        chosen = _shards()
+        chosen = ChosenShards.parse(_SHARDS.value) if _SHARDS.value else ChosenShards()
         return LocalSource(
             lambda: open_database(_DATABASE.value, chosen),
             lambda: signature(_DATABASE.value),
             log=log,
             metrics=metrics,
             keep_seconds=_KEEP.value,
+            min_recall=_MIN_RECALL.value,
         )
 
     embedding = Embedding(_EMBEDDER.value) if _EMBEDDER.value else None
@@ -123,15 +125,6 @@ def _identity() -> Identity | None:
     if bool(_CERTIFICATE.value) != bool(_KEY.value):
         raise UserError("--tls_certificate and --tls_key go together")
     return Identity(Path(_CERTIFICATE.value), Path(_KEY.value)) if _CERTIFICATE.value else None
-
-
-def _shards() -> list[int] | None:
-    if _SHARDS.value is None:
-        return None
-    try:
-        return sorted({int(shard) for shard in _SHARDS.value})
-    except ValueError:
-        raise UserError(f"--shards is numbers with commas, not {','.join(_SHARDS.value)!r}") from None
 
 
 if __name__ == "__main__":

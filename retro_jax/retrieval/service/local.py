@@ -31,6 +31,7 @@ class LocalSource:
         log: Log,
         metrics: Metrics,
         keep_seconds: float = 30.0,
+        min_recall: float = 0.0,
     ) -> None:
         """Loads nothing yet.
 
@@ -39,12 +40,14 @@ class LocalSource:
           signature: changes when there is something else.
           log, metrics: told of loads.
           keep_seconds: how long a version that has a successor stays after it was last asked for.
+          min_recall: on stored queries; a version below it is not served.
         """
         self._open = open_holding
         self._signature = signature
         self._log = log
         self._metrics = metrics
         self._keep_seconds = keep_seconds
+        self._min_recall = min_recall
         self._seen: Any = None
         self._holdings: tuple[Holding, ...] = ()  # the newest last
         self._used: dict[str, float] = {}
@@ -60,8 +63,13 @@ class LocalSource:
             self._seen = self._signature()
             started = time.monotonic()
             holding = self._open()
-            holding.version.recall = holding.recall()
             version = holding.version
+            version.recall = holding.recall()
+            if 0 < version.recall < self._min_recall:
+                raise UserError(
+                    f"recall at k = 2 is {version.recall:.3f} on the stored queries, {self._min_recall} is wanted "
+                    "(--min_recall); rebuild the index"
+                )
             # A third version would be one too many for the memory: the oldest of three goes at once.
             kept = [old for old in self._holdings if old.version.database != version.database][-1:]
             self._used[version.database] = time.monotonic()

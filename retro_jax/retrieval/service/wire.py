@@ -13,6 +13,7 @@ import grpc
 import numpy as np
 from google.protobuf.message import DecodeError, Message
 
+from retro_jax.retrieval.index import merge as merge_answers
 from retro_jax.retrieval.service import retrieval_v1_pb2 as pb
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Retrieval"].full_name
@@ -243,10 +244,7 @@ def merge(parts: list[Found], k: int) -> Found:
     """The k nearest of what disjoint sets of shards found, by (distance, id)."""
     if len(parts) == 1:
         return parts[0]
-    ids = np.concatenate([part.ids for part in parts], axis=1)
-    distances = np.concatenate([part.distances for part in parts], axis=1)
-    order = np.lexsort((ids, distances), axis=1)[:, :k]
-    ids, distances = np.take_along_axis(ids, order, 1), np.take_along_axis(distances, order, 1)
+    ids, distances = merge_answers([(part.ids, part.distances) for part in parts], k)
     return Found(ids, distances, sum(part.dropped for part in parts))
 
 
