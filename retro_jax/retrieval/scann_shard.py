@@ -26,6 +26,7 @@ import numpy as np
 from retro_jax.errors import UserError
 from retro_jax.retrieval.index_settings import IndexSettings
 
+_PARALLEL_BATCH = 256
 _OPERATIONS = "scann.scann_ops.py.scann_ops"
 
 
@@ -143,7 +144,10 @@ class ScannShard:
         options: dict[str, int] = {"final_num_neighbors": k, "pre_reorder_num_neighbors": depth}
         if self.settings.kind == "tree":
             options["leaves_to_search"] = leaves or self.settings.num_leaves
-        rows, scores = self._searcher.search_batched_parallel(queries, **options)
+        # In parallel it is taken apart into batches of this size; a small one is quicker without threads.
+        parallel = len(queries) > _PARALLEL_BATCH
+        ask = self._searcher.search_batched_parallel if parallel else self._searcher.search_batched
+        rows, scores = ask(queries, **options)
         if rows.shape != (len(queries), k) or scores.shape != rows.shape:
             raise RuntimeError(f"ScaNN answered {rows.shape} to {len(queries)} queries for {k} neighbours")
         return rows.astype(np.int64), scores

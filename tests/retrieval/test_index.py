@@ -221,7 +221,7 @@ def test_building_again_is_free_and_other_settings_are_refused(make_embeddings, 
     embeddings = make_embeddings([clustered(100)])
     first = build_index(embeddings, tmp_path / "index")
     assert build_index(embeddings, tmp_path / "index") == first
-    with pytest.raises(UserError, match=r"settings\.index\.kind = brute_force, now it is tree"):
+    with pytest.raises(UserError, match=r"settings\.index\.kind = auto, now it is tree"):
         build_index(embeddings, tmp_path / "index", IndexSettings(kind="tree"))
 
 
