@@ -135,9 +135,9 @@ def _ours(directory: Path, job: dict[str, Any], settings: dict[str, Any]) -> dic
 
 
 def _write(directory: Path, vectors: np.ndarray, queries: np.ndarray, k: int) -> dict[str, str]:
-    limits = exact_search(queries, vectors, k)[1][:, -1]
+    exact = exact_search(queries, vectors, k)[1]
     paths = {}
-    for name, array in (("vectors", vectors), ("queries", queries), ("limits", limits)):
+    for name, array in (("vectors", vectors), ("queries", queries), ("exact", exact)):
         paths[name] = str(directory / f"{name}.npy")
         np.save(paths[name], array)
     return paths

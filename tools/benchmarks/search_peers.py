@@ -17,7 +17,7 @@ Search = Callable[[np.ndarray, Any], np.ndarray]
 
 def main(arguments: list[str]) -> None:
     job = json.loads(arguments[0])
-    vectors, queries, limits = (np.load(job[name]) for name in ("vectors", "queries", "limits"))
+    vectors, queries, exact = (np.load(job[name]) for name in ("vectors", "queries", "exact"))
     begun = time.perf_counter()
     search, settings, size, version = ENGINES[job["engine"]](vectors, job["k"], job["cores"])
     seconds = time.perf_counter() - begun
@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> None:
             "version": version,
             "build_seconds": seconds,
             "bytes_per_vector": size / len(vectors),
-            "points": search_measure.curve(search, settings, vectors, queries, limits, seconds=job["seconds"]),
+            "points": search_measure.curve(search, settings, vectors, queries, exact, seconds=job["seconds"]),
             "peak_memory_bytes": measure.peak_memory_bytes(),
         }
     )
