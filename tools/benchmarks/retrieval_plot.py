@@ -7,6 +7,7 @@ from typing import Any
 LABELS = {
     "retro_jax": "retro_jax (ScaNN)",
     "faiss_fast_scan": "FAISS IVF, 4-bit fast scan, refined",
+    "faiss_fast_scan_fine": "the same, twice the lists",
     "faiss_flat_lists": "FAISS IVF-Flat",
     "faiss_hnsw": "FAISS HNSW",
     "faiss_exact": "FAISS exact",

@@ -21,6 +21,7 @@ def curve(
     exact: np.ndarray,
     *,
     seconds: float = SECONDS,
+    start: float = 0.8,
     stop: float = 0.995,
 ) -> list[dict[str, Any]]:
     """Queries a second against recall, over settings that cost more and more.
@@ -32,12 +33,14 @@ def curve(
       queries: [q, E].
       exact: [q, k], squared distances of the true neighbours.
       seconds: of a round, of which the best of three counts.
-      stop: recall at which the curve ends.
+      start, stop: recall at which the curve begins and ends.
     """
     points = []
     for setting in settings:
         rows = np.concatenate([search(block, setting) for block in _blocks(queries)])
         share = recall(rows, exact, queries, vectors)
+        if share < start:
+            continue
         points.append({"setting": setting, "recall": share, **_rate(search, setting, queries, seconds)})
         if share >= stop:
             break
