@@ -52,7 +52,8 @@ def test_our_line_and_the_comparison_without_peers(monkeypatch, tmp_path):
     assert comparison["best_peer"] is None and comparison["ratio_to_best_peer"] is None
     assert comparison["queries_per_second"] == {"retro_jax": ours["best"]["queries_per_second"]}
     retrieval_plot.plot_recall([ours, comparison], tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").stat().st_size > 5000
+    retrieval_plot.plot_growth([ours, comparison], tmp_path / "growth.png")
+    assert all((tmp_path / name).stat().st_size > 5000 for name in ("plot.png", "growth.png"))
 
 
 def test_what_cannot_be_measured_is_said(tmp_path):
