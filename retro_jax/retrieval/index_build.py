@@ -148,7 +148,7 @@ def build_shard(writer: ShardWriter, arguments: dict[str, Any]) -> None:
     ids, vectors = _vectors_of_shard(writer.directory, embeddings, arguments)
     probes = np.load(writer.directory / PROBES, mmap_mode="r", allow_pickle=False)
     answers = exact_answers(probes, vectors, ids)
-    settings = IndexSettings(kind="brute_force").resolve(1, embeddings.dimension, unit=arguments["unit"])
+    settings = IndexSettings("brute_force").resolve(1, embeddings.dimension, unit=arguments["unit"])
     if len(ids):
         asked = IndexSettings(**arguments["settings"])
         searcher = ScannShard.build(vectors, asked.resolve(len(ids), embeddings.dimension, unit=arguments["unit"]))
