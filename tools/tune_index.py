@@ -26,6 +26,7 @@ _QUERIES = flags.DEFINE_integer("queries", 2048, "queries it is measured with", 
 _K = flags.DEFINE_integer("k", 2, "neighbours", lower_bound=1)
 _RECALL = flags.DEFINE_float("min_recall", 0.955, "recall@k to reach; a little more than is wanted of other queries")
 _CORES = flags.DEFINE_integer("cores", 0, "processor cores to use; 0 for all", lower_bound=0)
+_SECONDS = flags.DEFINE_float("seconds", 0.5, "that a rate is measured over", lower_bound=0.001)
 _SEED = flags.DEFINE_integer("seed", 0, "of the sample")
 
 
@@ -46,7 +47,7 @@ def main() -> None:
     asked = np.zeros(len(rows), bool)
     asked[np.random.default_rng(_SEED.value + 1).choice(len(rows), _QUERIES.value, replace=False)] = True
     unit = bool(embeddings.manifest.settings["embedder"].get("normalize"))
-    tuner = Tuner(rows[~asked], rows[asked], unit=unit, k=_K.value, goal=_RECALL.value)
+    tuner = Tuner(rows[~asked], rows[asked], unit=unit, k=_K.value, goal=_RECALL.value, seconds=_SECONDS.value)
     with Progress("tuning", total=9 if unit else 7, unit="builds") as progress:
         for trial in tuner.tune():
             progress.update(1)

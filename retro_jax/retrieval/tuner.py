@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from retro_jax.errors import UserError
-from retro_jax.retrieval.exact import exact_search
+from retro_jax.retrieval.exact import exact_search, recall
 from retro_jax.retrieval.index_settings import IndexSettings
 from retro_jax.retrieval.scann_shard import ScannShard
 
@@ -20,7 +20,6 @@ DEPTHS = (12, 16, 24, 32, 48, 64, 96, 128)  # candidates rescored, for each neig
 LEAVES = (0.5, 2.0, 4.0)  # times the rule's
 SPILLS = (1.0, 1.5)
 DIMENSIONS = (3, 4)
-_SECONDS = 0.5
 _GROWTH = 1.12
 
 
@@ -50,7 +49,16 @@ class Tuner:
       trials: all so far.
     """
 
-    def __init__(self, vectors: np.ndarray, queries: np.ndarray, *, unit: bool, k: int = 2, goal: float = 0.95) -> None:
+    def __init__(
+        self,
+        vectors: np.ndarray,
+        queries: np.ndarray,
+        *,
+        unit: bool,
+        k: int = 2,
+        goal: float = 0.95,
+        seconds: float = 0.5,
+    ) -> None:
         """Finds the true neighbours of the queries.
 
         Args:
@@ -59,6 +67,7 @@ class Tuner:
           unit: all have length 1.
           k: neighbours.
           goal: recall@k to reach.
+          seconds: that a rate is measured over, of which the better of two counts.
 
         Raises:
           UserError: a number out of range.
@@ -66,7 +75,8 @@ class Tuner:
         if not 0 < goal <= 1:
             raise UserError(f"the recall to reach must be between 0 and 1, is {goal}")
         self._vectors, self._queries, self._unit, self._k, self._goal = vectors, queries, unit, k, goal
-        self._limits = exact_search(queries, vectors, k)[1].max(1)
+        self._seconds = seconds
+        self._exact = exact_search(queries, vectors, k)[1]
         self.trials: list[Trial] = []
 
     def tune(self, start: IndexSettings | None = None) -> Iterator[Trial]:
@@ -103,13 +113,13 @@ class Tuner:
         tried = []
         for depth in DEPTHS:
             depth = depth * self._k // 2
-            leaves, recall = self._fewest_leaves(searcher, depth)
-            if tried and recall < self._goal:
+            leaves, share = self._fewest_leaves(searcher, depth)
+            if tried and share < self._goal:
                 continue
             made = dataclasses.replace(settings, leaves_to_search=leaves, reorder=depth)
             rate = self._rate(searcher, leaves, depth)
             memory = made.memory_bytes(self._vectors.shape[1])
-            tried.append(Trial(made, recall, rate, seconds, memory))
+            tried.append(Trial(made, share, rate, seconds, memory))
             if len(tried) > 2 and rate < tried[-2].queries_per_second < tried[-3].queries_per_second:
                 break
         self.trials += tried
@@ -119,26 +129,21 @@ class Tuner:
     def _fewest_leaves(self, searcher: ScannShard, depth: int) -> tuple[int, float]:
         leaves = max(1, searcher.settings.num_leaves // 200)
         while True:
-            recall = self._recall(searcher, leaves, depth)
-            if recall >= self._goal or leaves >= searcher.settings.num_leaves // 3:
-                return leaves, recall
+            share = self._recall(searcher, leaves, depth)
+            if share >= self._goal or leaves >= searcher.settings.num_leaves // 3:
+                return leaves, share
             leaves = max(leaves + 1, round(leaves * _GROWTH))
 
     def _recall(self, searcher: ScannShard, leaves: int, depth: int) -> float:
-        hits = 0
-        for first in range(0, len(self._queries), BATCH):
-            queries = self._queries[first : first + BATCH]
-            rows, _ = searcher.search(queries, self._k, leaves=leaves, reorder=depth)
-            true = np.square(self._vectors[rows].astype(np.float64) - queries[:, None]).sum(2)
-            limits = self._limits[first : first + BATCH, None]
-            hits += int((true <= limits * (1 + 1e-6) + 1e-12).sum())
-        return hits / (len(self._queries) * self._k)
+        blocks = [self._queries[first : first + BATCH] for first in range(0, len(self._queries), BATCH)]
+        rows = [searcher.search(block, self._k, leaves=leaves, reorder=depth)[0] for block in blocks]
+        return recall(np.concatenate(rows), self._exact, self._queries, self._vectors)
 
     def _rate(self, searcher: ScannShard, leaves: int, depth: int) -> float:
         rates = []
         for _ in range(2):
             done, begun = 0, time.perf_counter()
-            while time.perf_counter() - begun < _SECONDS:
+            while time.perf_counter() - begun < self._seconds:
                 for first in range(0, len(self._queries), BATCH):
                     block = self._queries[first : first + BATCH]
                     searcher.search(block, self._k, leaves=leaves, reorder=depth)

@@ -193,7 +193,12 @@ def test_an_index_is_tuned_and_built_with_what_was_found(tmp_path):
         with stage.shard("embeddings-00000-of-00001.npy") as (path, _), open(path, "wb") as file:
             np.save(file, vectors)
         stage.finish({"chunks": 3000, "empty": 0, "cut": 0})
-    flags = [f"--embeddings={tmp_path}/embeddings", f"--output={tmp_path}/settings.json", "--queries=128"]
+    flags = [
+        f"--embeddings={tmp_path}/embeddings",
+        f"--output={tmp_path}/settings.json",
+        "--queries=128",
+        "--seconds=0.01",
+    ]
     assert "queries/s" in succeed("tune_index", *flags, "--vectors=2500")
     tuned = json.loads((tmp_path / "settings.json").read_text())
     reached = [trial for trial in tuned["trials"] if trial["recall"] >= 0.955]

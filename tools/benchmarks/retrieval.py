@@ -25,9 +25,27 @@ CACHE = Path(__file__).resolve().parents[2] / ".cache" / "peers"
 HOME = CACHE / "search"
 PACKAGES = ("numpy==2.4.6", "faiss-cpu==1.15.1", "hnswlib==0.8.0", "packaging==26.3")
 IMPORTS = "import faiss, hnswlib, numpy"
-PEERS = ("faiss_fast_scan", "faiss_flat_lists", "faiss_hnsw", "hnswlib", "faiss_exact")
+PEERS = ("faiss_fast_scan", "faiss_fast_scan_fine", "faiss_flat_lists", "faiss_hnsw", "hnswlib", "faiss_exact")
 QUERIES = 2048
-_LEAVES_SHARE = (0.0025, 0.005, 0.0075, 0.01, 0.0125, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.07, 0.1, 0.15, 0.2)
+_LEAVES_SHARE = (
+    0.0025,
+    0.005,
+    0.0075,
+    0.01,
+    0.0125,
+    0.015,
+    0.02,
+    0.025,
+    0.03,
+    0.04,
+    0.05,
+    0.07,
+    0.1,
+    0.15,
+    0.2,
+    0.4,
+    1.0,
+)
 
 
 def environment(python: str | None, home: Path = HOME) -> str:
@@ -135,9 +153,9 @@ def _ours(directory: Path, job: dict[str, Any], settings: dict[str, Any]) -> dic
 
 
 def _write(directory: Path, vectors: np.ndarray, queries: np.ndarray, k: int) -> dict[str, str]:
-    limits = exact_search(queries, vectors, k)[1][:, -1]
+    exact = exact_search(queries, vectors, k)[1]
     paths = {}
-    for name, array in (("vectors", vectors), ("queries", queries), ("limits", limits)):
+    for name, array in (("vectors", vectors), ("queries", queries), ("exact", exact)):
         paths[name] = str(directory / f"{name}.npy")
         np.save(paths[name], array)
     return paths

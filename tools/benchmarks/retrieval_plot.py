@@ -1,4 +1,4 @@
-"""The plot of queries a second against recall, from the lines of the benchmark."""
+"""Plots from the lines of the benchmark of search: recall against speed, and the cost of a query as databases grow."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 LABELS = {
     "retro_jax": "retro_jax (ScaNN)",
     "faiss_fast_scan": "FAISS IVF, 4-bit fast scan, refined",
+    "faiss_fast_scan_fine": "the same, twice the lists",
     "faiss_flat_lists": "FAISS IVF-Flat",
     "faiss_hnsw": "FAISS HNSW",
     "faiss_exact": "FAISS exact",
@@ -32,6 +33,23 @@ def plot_recall(lines: Sequence[dict[str, Any]], path: Path) -> None:
         )
         axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def plot_growth(lines: Sequence[dict[str, Any]], path: Path) -> None:
+    """Writes a picture of the time of a query, at the recall that the lines were compared at, over vectors."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.5, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for engine, label in LABELS.items():
+        found = {line["vectors"]: line["best"] for line in lines if line["engine"] == engine and line["best"]}
+        if found:
+            sizes = sorted(found)
+            axes.plot(sizes, [1e6 / found[size]["queries_per_second"] for size in sizes], marker=".", label=label)
+    axes.set(xscale="log", yscale="log", xlabel="chunks", ylabel="microseconds a query, one core")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
 

@@ -1,10 +1,12 @@
-"""Times searches and measures their recall, with NumPy alone, so that a peer's environment does it by the same code."""
+"""Times searches and measures their recall; NumPy is enough, so a peer's environment does it by the same code."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
+
+from retro_jax.retrieval.exact import recall
 
 BATCH = 1024
 SECONDS = 0.3
@@ -16,9 +18,10 @@ def curve(
     settings: Iterable[Any],
     vectors: np.ndarray,
     queries: np.ndarray,
-    limits: np.ndarray,
+    exact: np.ndarray,
     *,
     seconds: float = SECONDS,
+    start: float = 0.8,
     stop: float = 0.995,
 ) -> list[dict[str, Any]]:
     """Queries a second against recall, over settings that cost more and more.
@@ -28,28 +31,20 @@ def curve(
       settings: in order; JSON-serialisable.
       vectors: [n, E].
       queries: [q, E].
-      limits: [q], squared distance of the k-th true neighbour.
+      exact: [q, k], squared distances of the true neighbours.
       seconds: of a round, of which the best of three counts.
-      stop: recall at which the curve ends.
+      start, stop: recall at which the curve begins and ends.
     """
     points = []
     for setting in settings:
         rows = np.concatenate([search(block, setting) for block in _blocks(queries)])
-        recall = recall_of(rows, vectors, queries, limits)
-        points.append({"setting": setting, "recall": recall, **_rate(search, setting, queries, seconds)})
-        if recall >= stop:
+        share = recall(rows, exact, queries, vectors)
+        if share < start:
+            continue
+        points.append({"setting": setting, "recall": share, **_rate(search, setting, queries, seconds)})
+        if share >= stop:
             break
     return points
-
-
-def recall_of(rows: np.ndarray, vectors: np.ndarray, queries: np.ndarray, limits: np.ndarray) -> float:
-    """Share of the true k nearest that were found; equally near vectors count alike."""
-    hits = 0
-    for found, query, limit in zip(rows, queries, limits, strict=True):
-        found = np.unique(found[found >= 0])
-        squares = np.square(vectors[found].astype(np.float64) - query).sum(1)
-        hits += min(rows.shape[1], int((squares <= limit * (1 + 1e-6) + 1e-12).sum()))
-    return hits / rows.size
 
 
 def _rate(

@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> None:
             }
         )
         return
-    queries, limits = np.load(job["queries"]), np.load(job["limits"])
+    queries, exact = np.load(job["queries"]), np.load(job["exact"])
     settings = IndexSettings(**job["settings"]).resolve(len(vectors), vectors.shape[1], unit=job["unit"])
     shard = ScannShard.load(folder, settings, len(vectors), [file.name for file in folder.iterdir()])
 
@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> None:
         return shard.search(block, job["k"], leaves=setting[0], reorder=setting[1])[0]
 
     measure.report(
-        {"points": search_measure.curve(search, job["sweep"], vectors, queries, limits, seconds=job["seconds"])}
+        {"points": search_measure.curve(search, job["sweep"], vectors, queries, exact, seconds=job["seconds"])}
     )
 
 
