@@ -154,24 +154,26 @@ def _products(config: RetroConfig, batch_size: int, length: int, neighbours: int
     yield Product("head", "head", logits, logits)
     if config.is_baseline or not neighbours or not chunks:
         return
-    m, r = config.chunk_length, config.neighbour_length
+    m, r = config.chunk_length, len(range(*config.neighbour_range))
     chunked, retrieved = batch_size * chunks * m, batch_size * chunks * neighbours * r
     decoder, encoder = (chunked, config.width), (retrieved, config.encoder_width)
+    relative = config.positions == "transformer_xl"
+    relative_cross = relative and config.cross_positions
     yield from _times(
         len(config.cca_layers),
         *_projections("cca", decoder, encoder, heads),
-        *_scores("cca", config, decoder, neighbours * r, (r, m + r - 1), heads),
+        *_scores("cca", decoder, neighbours * r, (r, m + r), heads, relative_cross),
     )
     yield from _times(
         config.encoder_layers,
         *_projections("encoder", encoder, encoder, encoder_heads),
-        *_scores("encoder", config, encoder, r, (r, 2 * r - 1), encoder_heads),
+        *_scores("encoder", encoder, r, (r, 2 * r), encoder_heads, relative),
         *_feed_forward("encoder", *encoder, config.encoder_ffw_width),
     )
     yield from _times(
         len(config.encoder_ca_layers),
         *_projections("encoder", encoder, decoder, encoder_heads),
-        *_scores("encoder", config, encoder, m, (m, m + r - 1), encoder_heads),
+        *_scores("encoder", encoder, m, (m, m + r), encoder_heads, relative_cross),
     )
 
 
@@ -183,13 +185,13 @@ def _projections(part: str, queries: tuple[int, int], source: tuple[int, int], h
 
 
 def _scores(
-    part: str, config: RetroConfig, queries: tuple[int, int], keys: int, places: tuple[int, int], heads: int
+    part: str, queries: tuple[int, int], keys: int, places: tuple[int, int], heads: int, relative: bool
 ) -> list[Product]:
     """Each query with `keys` keys, and with the relative positions (that occur to one query, that are computed)."""
     positions, width = queries
     pairs = 2.0 * positions * keys * heads
     found = [Product(part, "scores", pairs, pairs), Product(part, "mixed", pairs, pairs)]
-    if config.positions == "transformer_xl":
+    if relative:
         needed, computed = (2.0 * positions * count * heads for count in places)
         found.append(Product(part, "scores", needed, computed))
         found.append(_relative(part, places[1], width, heads))

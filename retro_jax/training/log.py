@@ -135,4 +135,4 @@ def _processed_tokens(config: TrainConfig) -> int:
     if config.model.is_baseline:
         return targets
     chunks = config.data.length // config.model.chunk_length
-    return targets + config.batch_size * chunks * config.data.neighbours * config.model.neighbour_length
+    return targets + config.batch_size * chunks * config.data.neighbours * len(range(*config.model.neighbour_range))

@@ -76,7 +76,11 @@ def lowered_step(config):
     return step.lower(plan_state(plan, optimizer, mesh), batch)
 
 
-@pytest.mark.parametrize("changes", [{}, {"positions": "rope"}, {"cca_layers": ()}], ids=["retro", "rope", "baseline"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"positions": "rope"}, {"cca_layers": ()}, {"cross_positions": False}, {"neighbour_part": "neighbour"}],
+    ids=["retro", "rope", "baseline", "no positions in cross-attention", "neighbours without continuations"],
+)
 def test_the_forward_pass_agrees_with_xla_within_three_per_cent(changes):
     model, length = dataclasses.replace(MODEL, **changes), 96  # one block of queries: no product is left out
     expected = compiled_forward(model, length).cost_analysis()["flops"]
