@@ -115,9 +115,9 @@ class RetroConfig:
             f"continuation beyond a chunk of {self.chunk_length}",
         )
         _require_choice("model.dtype", self.dtype, ("float32", "bfloat16", "float64"))
-        if self.remat not in ("none", "block"):
-            for name in self.remat.split(","):
-                _require_choice("model.remat", name, ("none", "block", *REMAT_NAMES))
+        kept = self.remat.split(",")
+        for name in kept:
+            _require_choice("model.remat", name, REMAT_NAMES if len(kept) > 1 else ("none", "block", *REMAT_NAMES))
         _require(
             self.positions != "rope" or self.head_size % 2 == 0,
             f"model.head_size must be even with rope positions, is {self.head_size}",

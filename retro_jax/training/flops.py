@@ -91,7 +91,8 @@ def hardware_flops(config: TrainConfig) -> float:
       UserError: as `step_flops`.
     """
     total = 0.0
-    for product in _products(config.model, *_shape(config)):
+    # Over `context` every part of the queries multiplies all keys.
+    for product in _products(config.model, *_shape(config), blocks=config.mesh.context == 1):
         if product.name == "head":
             total += _head(config, product)
         elif product.per_batch:
@@ -99,6 +100,15 @@ def hardware_flops(config: TrainConfig) -> float:
         else:  # the sinusoids are constants, without a gradient
             total += product.executed * (2 + _again(config.model.remat, product.name)) * config.microbatches
     return total
+
+
+def processed_tokens(config: TrainConfig) -> int:
+    """Positions that a step computes: targets and, for a RETRO, the tokens that the encoder reads."""
+    batch_size, length, neighbours = _shape(config)
+    if config.model.is_baseline:
+        return batch_size * length
+    read = length // config.model.chunk_length * neighbours * len(range(*config.model.neighbour_range))
+    return batch_size * (length + read)
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
@@ -139,15 +149,17 @@ def _again(remat: str, name: str) -> int:
     return 0 if name in remat.split(",") else 1
 
 
-def _products(config: RetroConfig, batch_size: int, length: int, neighbours: int) -> Iterator[Product]:
-    """Every kind of matrix product of one forward pass; arguments as `forward_flops`."""
+def _products(
+    config: RetroConfig, batch_size: int, length: int, neighbours: int, *, blocks: bool = True
+) -> Iterator[Product]:
+    """Every kind of matrix product of one forward pass; arguments as `forward_flops`, `blocks` as `_causal_scores`."""
     chunks = length // config.chunk_length
     heads, encoder_heads = config.num_heads * config.head_size, config.encoder_num_heads * config.encoder_head_size
     tokens = batch_size * length
     yield from _times(
         config.num_layers,
         *_projections("decoder", (tokens, config.width), (tokens, config.width), heads),
-        *_causal_scores(config, batch_size, length, heads),
+        *_causal_scores(config, batch_size, length, heads, blocks),
         *_feed_forward("decoder", tokens, config.width, config.ffw_width),
     )
     logits = 2.0 * tokens * config.width * config.vocab_size
@@ -198,14 +210,14 @@ def _scores(
     return found
 
 
-def _causal_scores(config: RetroConfig, batch_size: int, length: int, heads: int) -> list[Product]:
-    """Decoder self-attention; the code leaves out the keys behind each block of queries."""
-    blocks = [(stop - start, stop) for start, stop in causal_blocks(length)]
+def _causal_scores(config: RetroConfig, batch_size: int, length: int, heads: int, blocks: bool) -> list[Product]:
+    """Decoder self-attention; in `blocks` the code leaves out the keys behind each block of queries."""
+    spans = [(stop - start, stop) for start, stop in causal_blocks(length)] if blocks else [(length, length)]
     pairs = 2.0 * batch_size * length * length * heads
-    executed = 2.0 * batch_size * heads * sum(queries * keys for queries, keys in blocks)
+    executed = 2.0 * batch_size * heads * sum(queries * keys for queries, keys in spans)
     found = [Product("decoder", name, pairs, executed, causal=True) for name in ("scores", "mixed")]
     if config.positions == "transformer_xl":
-        executed = 2.0 * batch_size * heads * sum(queries * (keys + 1) for queries, keys in blocks)
+        executed = 2.0 * batch_size * heads * sum(queries * (keys + 1) for queries, keys in spans)
         found.append(Product("decoder", "scores", pairs, executed, causal=True))
         found.append(_relative("decoder", length + 1, config.width, heads))
     return found

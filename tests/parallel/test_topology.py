@@ -3,6 +3,7 @@
 import importlib.util
 
 import jax
+import numpy as np
 import pytest
 
 from retro_jax.config import MeshConfig
@@ -87,6 +88,18 @@ def test_a_mesh_axis_may_take_a_part_of_an_axis_of_the_slice(name, sizes, monkey
     devices = topology_devices(parse_topology(name))
     mesh = create_mesh(MeshConfig(*sizes), devices)
     assert mesh.devices.shape == sizes and set(mesh.devices.flat) == set(devices)
+
+
+@needs_libtpu
+def test_only_the_data_axis_crosses_slices(monkeypatch):
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    devices = topology_devices(parse_topology("2xv5e:2x2"))
+    mesh = create_mesh(MeshConfig(data=4, fsdp=2), devices)
+    slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    assert mesh.devices.shape == (4, 2, 1, 1)
+    assert slices[:2].max() == 0 and slices[2:].min() == 1
+    with pytest.raises(UserError, match="data must be a multiple of the 2 slices"):
+        create_mesh(MeshConfig(data=1, fsdp=8), devices)
 
 
 @needs_libtpu

@@ -106,6 +106,16 @@ def test_executed_flops_are_those_of_the_compiled_loops():
     assert hardware_flops(config) == pytest.approx(counted, rel=0.01)
 
 
+def test_a_split_sequence_multiplies_all_pairs():
+    config = train_config(256)
+    split = dataclasses.replace(config, mesh=MeshConfig(context=2))
+    pairs = 2 * BATCH * 256 * 256 * MODEL.num_heads * MODEL.head_size  # of one product
+    # Three products a layer, forward once and backward twice; position has one distance more than there are keys.
+    expected = MODEL.num_layers * 3 * (3 * pairs * 3 / 8)
+    assert hardware_flops(split) - hardware_flops(config) == pytest.approx(expected, rel=0.01)
+    assert step_flops(split) == step_flops(config)
+
+
 def test_causality_halves_the_products_of_decoder_self_attention_and_nothing_else():
     full, causal = (forward_flops(MODEL, BATCH, 128, K, causal=causal) for causal in (False, True))
     pairs = 2 * BATCH * 128 * 128 * MODEL.num_heads * MODEL.head_size  # of one product
