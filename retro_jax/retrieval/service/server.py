@@ -113,7 +113,7 @@ def serve(
     with _Signals() as signals, _Ports(options, calls, metrics) as ports:
         log.event("listening", tls=options.security.identity is not None, **ports.addresses)
         started(ports.port)
-        keeper = _Keeper(lambda keeper: keep(source, options, embedding, ports, keeper), signals.wake)
+        keeper = _Keeper(lambda keeper: keep(source, options, embedding, ports, log, keeper), signals.wake)
         while (number := signals.next()) == signal.SIGHUP:
             keeper.hangup = True
         keeper.end()
@@ -264,13 +264,14 @@ class _Keeper:
 
 
 def _keep_local(
-    source: LocalSource, options: ServerOptions, embedding: Embedding | None, ports: _Ports, keeper: _Keeper
+    source: LocalSource, options: ServerOptions, embedding: Embedding | None, ports: _Ports, log: Log, keeper: _Keeper
 ) -> None:
     """Loads the database, then the next versions of it; checks recall now and then."""
     source.load()
     if embedding is not None:
         embedding.load(source.version(""))
     ports.ready(True)
+    log.event("ready")
     last_look = last_check = time.monotonic()
     while keeper.sleep(_TICK_SECONDS):
         now = time.monotonic()
@@ -283,14 +284,19 @@ def _keep_local(
 
 
 def _keep_front(
-    source: FrontSource, options: ServerOptions, embedding: Embedding | None, ports: _Ports, keeper: _Keeper
+    source: FrontSource, options: ServerOptions, embedding: Embedding | None, ports: _Ports, log: Log, keeper: _Keeper
 ) -> None:
     """Asks the shard servers what they hold, again and again."""
+    was_ready = False
     while keeper.sleep(0):
         source.poll()
         if embedding is not None and source.versions():
             embedding.load(source.version(""))
-        ports.ready(source.ready)
+        ready = source.ready
+        ports.ready(ready)
+        if ready != was_ready:
+            log.event("ready" if ready else "not ready")
+        was_ready = ready
         keeper.sleep(_TICK_SECONDS)
 
 

@@ -1,6 +1,6 @@
 """A shard server of the real code over a made-up database: it starts in a moment, and is as slow as a test wants.
 
-python standin.py DIRECTORY SHARDS --slots=2 ...      # flags: fields of ServerOptions, and --secure=KEYS; shards like 0,1
+python standin.py DIRECTORY SHARDS --slots=2 ...      # fields of ServerOptions, and --secure=KEYS; shards like 0,1
 
 The directory has world.json (which database it is) and, when a test puts one there, delay-PORT (seconds of a search);
 searching-PORT appears with the first such search.
