@@ -51,8 +51,8 @@ class Metrics:
         self.loaded_at.set(time.time())
         self.recall.set(version.recall)
 
-    def serve(self, host: str, port: int) -> Callable[[], None]:
-        """Answers GET /metrics; returns what ends it.
+    def serve(self, host: str, port: int) -> tuple[int, Callable[[], None]]:
+        """Answers GET /metrics; returns the port and what ends it.
 
         Raises:
           UserError: the port is in use.
@@ -68,4 +68,4 @@ class Metrics:
             server.server_close()
             thread.join()
 
-        return stop
+        return server.server_port, stop

@@ -111,9 +111,9 @@ def serve(
     )
     keep = _keep_front if isinstance(source, FrontSource) else _keep_local
     with _Signals() as signals, _Ports(options, calls, metrics) as ports:
-        log.event("listening", address=f"{options.host}:{ports.port}", tls=options.security.identity is not None)
+        log.event("listening", tls=options.security.identity is not None, **ports.addresses)
         started(ports.port)
-        keeper = _Keeper(lambda keeper: keep(source, options, embedding, ports, keeper), signals.wake)
+        keeper = _Keeper(lambda keeper: keep(source, options, embedding, ports, log, keeper), signals.wake)
         while (number := signals.next()) == signal.SIGHUP:
             keeper.hangup = True
         keeper.end()
@@ -138,6 +138,7 @@ class _Ports:
         self._servers: list[grpc.Server] = []
         self._stop_metrics: Callable[[], None] = lambda: None
         self.port = 0
+        self.addresses: dict[str, str] = {}
 
     def __enter__(self) -> "_Ports":
         options = self._options
@@ -149,12 +150,15 @@ class _Ports:
             server = self._server(threads, options.limits.message_bytes)
             server.add_generic_rpc_handlers((self._calls.handler(),))
             self.port = _listen(server, options.host, options.port, options.security.credentials(), "port")
+            self.addresses["address"] = f"{options.host}:{self.port}"
             if options.security.identity:
                 self._metrics.certificate_expiry.set_function(options.security.identity.expiry)
             if options.health_port is not None:
-                _listen(self._server(2, 1 << 16), options.host, options.health_port, None, "health_port")
+                port = _listen(self._server(2, 1 << 16), options.host, options.health_port, None, "health_port")
+                self.addresses["health"] = f"{options.host}:{port}"
             if options.metrics_port is not None:
-                self._stop_metrics = self._metrics.serve(options.metrics_host, options.metrics_port)
+                port, self._stop_metrics = self._metrics.serve(options.metrics_host, options.metrics_port)
+                self.addresses["metrics"] = f"{options.metrics_host}:{port}"
             for server in self._servers:
                 server.start()
         except BaseException:
@@ -260,13 +264,14 @@ class _Keeper:
 
 
 def _keep_local(
-    source: LocalSource, options: ServerOptions, embedding: Embedding | None, ports: _Ports, keeper: _Keeper
+    source: LocalSource, options: ServerOptions, embedding: Embedding | None, ports: _Ports, log: Log, keeper: _Keeper
 ) -> None:
     """Loads the database, then the next versions of it; checks recall now and then."""
     source.load()
     if embedding is not None:
         embedding.load(source.version(""))
     ports.ready(True)
+    log.event("ready")
     last_look = last_check = time.monotonic()
     while keeper.sleep(_TICK_SECONDS):
         now = time.monotonic()
@@ -279,14 +284,19 @@ def _keep_local(
 
 
 def _keep_front(
-    source: FrontSource, options: ServerOptions, embedding: Embedding | None, ports: _Ports, keeper: _Keeper
+    source: FrontSource, options: ServerOptions, embedding: Embedding | None, ports: _Ports, log: Log, keeper: _Keeper
 ) -> None:
     """Asks the shard servers what they hold, again and again."""
+    was_ready = False
     while keeper.sleep(0):
         source.poll()
         if embedding is not None and source.versions():
             embedding.load(source.version(""))
-        ports.ready(source.ready)
+        ready = source.ready
+        ports.ready(ready)
+        if ready != was_ready:
+            log.event("ready" if ready else "not ready")
+        was_ready = ready
         keeper.sleep(_TICK_SECONDS)
 
 

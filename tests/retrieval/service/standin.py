@@ -1,6 +1,6 @@
 """A shard server of the real code over a made-up database: it starts in a moment, and is as slow as a test wants.
 
-python standin.py DIRECTORY SHARDS --slots=2 ...      # flags: fields of ServerOptions; shards like 0,1
+python standin.py DIRECTORY SHARDS --slots=2 ...      # fields of ServerOptions, and --secure=KEYS; shards like 0,1
 
 The directory has world.json (which database it is) and, when a test puts one there, delay-PORT (seconds of a search);
 searching-PORT appears with the first such search.
@@ -19,6 +19,7 @@ import numpy as np
 from retro_jax.errors import UserError
 from retro_jax.retrieval.service import retrieval_v1_pb2 as pb
 from retro_jax.retrieval.service.local import LocalSource
+from retro_jax.retrieval.service.security import Identity, ServerSecurity, read_tokens
 from retro_jax.retrieval.service.server import ServerOptions, serve
 from retro_jax.retrieval.service.wire import Found, Limits
 
@@ -115,8 +116,12 @@ def main() -> None:
     limits = Limits(seconds=float(given.pop("seconds", 60)))
     start_delay = float(given.pop("start_delay", 0))
     keep_seconds = float(given.pop("keep_seconds", 30))
+    security = ServerSecurity()
+    if keys := given.pop("secure", None):
+        identity = Identity(Path(keys) / "ours.pem", Path(keys) / "ours.key")
+        security = ServerSecurity(identity, Path(keys) / "ours.ca", read_tokens(Path(keys) / "tokens"))
     numbers = {name: (float if "." in value else int)(value) for name, value in given.items()}
-    options = ServerOptions(**{"port": 0, "limits": limits, **numbers})
+    options = ServerOptions(**{"port": 0, "limits": limits, "security": security, **numbers})
     place = {}
 
     def started(port: int) -> None:

@@ -45,11 +45,17 @@ values = st.one_of(
     st.sampled_from([0.0, -0.0, 1.0, np.nan, np.inf, -np.inf, 3e38, 1e-40]),
     st.floats(-10, 10, width=32),
 )
+
+
+def normal(n, seed):
+    return np.random.default_rng(seed).normal(size=8 * n).astype("<f4").tobytes()
+
+
 rows = st.one_of(
-    st.builds(lambda n, seed: np.random.default_rng(seed).normal(size=8 * n).astype("<f4").tobytes(), st.integers(0, 9), st.integers(0, 9)),
+    st.builds(normal, st.integers(0, 9), st.integers(0, 9)),
     st.lists(values, min_size=8, max_size=8).map(lambda row: np.array(row, "<f4").tobytes()),
     st.binary(max_size=40),
-)  # fmt: skip
+)
 names = st.sampled_from(["", "embedder", "tokenizer", "world1", "other", "\U0001f600"])
 int64 = st.integers(-(2**63), 2**63 - 1)
 some_ids = st.lists(st.one_of(st.integers(-2, 61), int64), max_size=6).map(lambda ids: np.array(ids, "<i8").tobytes())
