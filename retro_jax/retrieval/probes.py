@@ -108,15 +108,19 @@ def recall_at(k: int, probes: np.ndarray, answers: np.ndarray) -> float:
     return float(np.minimum(hits, possible).sum() / possible.sum()) if possible.any() else 1.0
 
 
-def measured(
-    searcher: ScannShard, probes: np.ndarray, vectors: np.ndarray, ids: np.ndarray, min_recall: float
-) -> np.ndarray:
-    """The shard's `ANSWERS`, after `searcher.settings` were given what they leave to measurement.
+def measure(
+    searcher: ScannShard,
+    probes: np.ndarray,
+    vectors: np.ndarray,
+    ids: np.ndarray,
+    answers: np.ndarray,
+    min_recall: float,
+) -> None:
+    """Fills in what a shard's index finds, after `searcher.settings` were given what they leave to measurement.
 
     Leaves are added until the shard reaches the wanted recall@2, and a little more for the error of a sample, or has no
     more. Where the settings name the leaves, only the answers are made.
     """
-    answers = exact_answers(probes, vectors, ids)
     settings = searcher.settings
     measuring = settings.kind == "tree" and settings.leaves_to_search is None
     leaves = max(1, settings.num_leaves // 200) if measuring else None
@@ -126,7 +130,7 @@ def measured(
         ask(searcher, probes, vectors, ids, answers)
         enough = recall_at(2, probes, answers) >= min(1.0, min_recall + _MARGIN)
         if not measuring or enough or leaves == settings.num_leaves:
-            return answers
+            return
         leaves = min(settings.num_leaves, max(leaves + 1, round(leaves * _STEP)))
 
 
