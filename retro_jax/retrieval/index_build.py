@@ -152,7 +152,7 @@ def build_shard(writer: ShardWriter, arguments: dict[str, Any]) -> None:
     if len(ids):
         asked = IndexSettings(**arguments["settings"])
         searcher = ScannShard.build(vectors, asked.resolve(len(ids), embeddings.dimension, unit=arguments["unit"]))
-        measure(searcher, probes, vectors, ids, answers, arguments["min_recall"])
+        measure(searcher, probes, vectors, ids, answers, asked, arguments["min_recall"])
         settings = searcher.settings
         scratch = writer.directory / f"{folder}-unfinished"
         try:
