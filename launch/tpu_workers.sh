@@ -106,7 +106,7 @@ worker_status() {
 #   mistake   ended with 1, the user's mistake: the same command would fail again
 #   saved     ended with 143, saved after SIGTERM: run it again
 #   crashed   ended in another way, or a worker went down
-# When a worker goes down the others end with 1, as their error says; hence `crashed` is asked before `mistake`.
+# When a worker goes down the others end with 75, which counts as crashed.
 verdict() {
   awk '
     $2 == "idle" { idle++ }

@@ -56,7 +56,10 @@ class RetroConfig:
       encoder_width: E, width of the neighbour encoder.
       encoder_layers, encoder_num_heads, encoder_head_size, encoder_ffw_width: its sizes.
       encoder_ca_layers: P_enc, 1-based encoder layers that cross-attend to the retrieving chunk.
+      neighbour_part: what the encoder reads: "both" a neighbour N and its continuation F, or one of them alone,
+        "neighbour" or "continuation" (ablations of the paper's Table 13).
       positions: "transformer_xl" (paper) or "rope".
+      cross_positions: positions count in chunked cross-attention and in the encoder's; False is the paper's ablation.
       rope_theta: base of the rotary frequencies.
       tie_embeddings: the output head is the decoder's embedding table.
       share_embeddings: the encoder reads the decoder's embedding table (needs encoder_width == width).
@@ -85,7 +88,9 @@ class RetroConfig:
     encoder_head_size: int = 64
     encoder_ffw_width: int = 3584
     encoder_ca_layers: tuple[int, ...] = (1,)
+    neighbour_part: str = "both"
     positions: str = "transformer_xl"
+    cross_positions: bool = True
     rope_theta: float = 10_000.0
     tie_embeddings: bool = True
     share_embeddings: bool = False
@@ -103,10 +108,16 @@ class RetroConfig:
             _require(getattr(self, name) > 0, f"model.{name} must be positive, is {getattr(self, name)}")
         _require_layers("model.cca_layers", self.cca_layers, self.num_layers)
         _require_choice("model.positions", self.positions, ("transformer_xl", "rope"))
+        _require_choice("model.neighbour_part", self.neighbour_part, ("both", "neighbour", "continuation"))
+        _require(
+            self.neighbour_part == "both" or self.neighbour_length > self.chunk_length,
+            f"model.neighbour_part {self.neighbour_part!r}: neighbours of {self.neighbour_length} tokens have no "
+            f"continuation beyond a chunk of {self.chunk_length}",
+        )
         _require_choice("model.dtype", self.dtype, ("float32", "bfloat16", "float64"))
-        if self.remat not in ("none", "block"):
-            for name in self.remat.split(","):
-                _require_choice("model.remat", name, ("none", "block", *REMAT_NAMES))
+        kept = self.remat.split(",")
+        for name in kept:
+            _require_choice("model.remat", name, REMAT_NAMES if len(kept) > 1 else ("none", "block", *REMAT_NAMES))
         _require(
             self.positions != "rope" or self.head_size % 2 == 0,
             f"model.head_size must be even with rope positions, is {self.head_size}",
@@ -148,6 +159,12 @@ class RetroConfig:
     @property
     def is_baseline(self) -> bool:
         return not self.cca_layers
+
+    @property
+    def neighbour_range(self) -> tuple[int, int]:
+        """First and last + 1 of the R tokens of a neighbour that the encoder reads."""
+        middle, end = self.chunk_length, self.neighbour_length
+        return {"both": (0, end), "neighbour": (0, middle), "continuation": (middle, end)}[self.neighbour_part]
 
 
 @dataclasses.dataclass(frozen=True)

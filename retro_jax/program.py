@@ -27,7 +27,7 @@ def run(main: Callable[..., None], *, positional: bool = False) -> None:
     SIGINT exits with 130.
 
     A program that has called `start_cluster` ends together with the other processes of its run: when one fails, the
-    others say which and exit with 1; when all come to their end, they part.
+    others say which and exit with 1; when one is lost, with 75; when all come to their end, they part.
     """
 
     def checked(arguments: Sequence[str]) -> None:

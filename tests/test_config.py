@@ -38,6 +38,7 @@ def test_integers_are_taken_for_floats():
         ({"model": {"cca_layers": 3}}, r"config\.model\.cca_layers: expected a list, found 3"),
         ({"model": 3}, r"config\.model: expected a group of settings, found 3"),
         ({"model": {"positions": "rop"}}, r"model\.positions: 'rop' is none of transformer_xl, rope"),
+        ({"model": {"remat": "block,query"}}, r"model\.remat: 'block' is none of query, key"),
         ({"steps": 0}, r"steps must be positive, is 0"),
         ({"checkpoint": {"every_steps": 0}}, r"checkpoint\.every_steps must be positive"),
     ],

@@ -54,8 +54,11 @@ RETRO = DECODER + 2 * ENCODER_LAYER + CONDITIONING
     [
         ("default", RETRO + 3 * CCA, 2, "0.822"),
         ("no-query-conditioning", RETRO + 3 * CCA - CONDITIONING, 2, "0.829"),
+        ("no-cross-positions", RETRO + 3 * CCA - 4 * 896 * 1024, 2, "0.826"),
         ("shared-embeddings", RETRO + 3 * CCA, 2, "0.823"),
         ("6-layer-encoder", RETRO + 3 * CCA + 4 * ENCODER_LAYER, 2, "0.821"),
+        ("neighbour-only", RETRO + 3 * CCA, 2, "0.950"),
+        ("continuation-only", RETRO + 3 * CCA, 2, "0.895"),
         ("no-retrieval", DECODER, 2, "0.987"),
         ("1-neighbour", RETRO + 3 * CCA, 1, "0.858"),
         ("4-neighbours", RETRO + 3 * CCA, 4, "0.847"),

@@ -11,7 +11,6 @@ compiling each. How the time is estimated: retro_jax/training/forecast.py.
 
 import dataclasses
 import json
-import math
 import os
 import sys
 import threading
@@ -122,6 +121,8 @@ def table(plan: Forecast) -> str:
                     f"{costs.tokens_per_second[0]:,.0f} overlapped, {costs.tokens_per_second[1]:,.0f} not",
                 ),
             ]
+        elif not plan.topology.startswith("cpu"):
+            rows.append(("WARNING", "no time is estimated: the network between slices is not modelled"))
         if costs.loops_of_unknown_length:
             rows.append(("WARNING", f"loops counted once: {', '.join(costs.loops_of_unknown_length)}"))
     width = max(len(name) for name, _ in rows)
@@ -132,7 +133,7 @@ def _search(
     config: TrainConfig, topology: Topology, limit: float | None, plan: Forecast
 ) -> tuple[str, Forecast | None]:
     """The first of the remedies that fits: its flags and its plan."""
-    for number, (change, smaller) in enumerate(remedies(config, plan.mesh)):
+    for number, (change, smaller) in enumerate(remedies(config, plan)):
         if number == _CANDIDATES.value:
             break
         print(f"does not fit; trying{change}", file=sys.stderr, flush=True)
@@ -201,7 +202,7 @@ def _pairs(values: dict[str, object]) -> str:
 
 
 def _gib(count: float | None) -> str:
-    if count is None or math.isnan(count):
+    if count is None:
         return "unknown"
     return f"{count / 2**30:.2f} GiB" if count >= 2**27 else f"{count / 2**20:.3f} MiB"
 

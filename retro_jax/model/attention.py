@@ -22,6 +22,7 @@ from retro_jax.model.layers import (
     compute_dtype,
     linear,
     normal,
+    product,
     residual_scale,
     statistics_dtype,
     weight,
@@ -32,14 +33,16 @@ from retro_jax.parallel import rules
 class Positions(NamedTuple):
     """What an attention needs to know about where its queries and keys lie; the same for every layer of a stack.
 
+    With neither, positions do not count (`config.cross_positions`).
+
     Attributes:
       sinusoids: transformer_xl: [P, D] vectors of the distinct distances, descending; [C, P, D] when the queries are
         cut into C parts; else None.
       rotations: rope: (cos, sin) of the queries [I, H/2] and (cos, sin) of the keys [J, H/2]; else None.
     """
 
-    sinusoids: jax.Array | None
-    rotations: tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]] | None
+    sinusoids: jax.Array | None = None
+    rotations: tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]] | None = None
 
 
 def positions(
@@ -118,8 +121,12 @@ def skew(products: jax.Array, keys: int) -> jax.Array:
     Returns:
       [..., I, J]. With P = J + 1 the entries with j > i + (J - I) are meaningless and must be masked.
     """
-    queries, distances = products.shape[-2:]
-    lead = products.shape[:-2]
+    return _skew(products, keys, products.shape[-1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _skew(products: jax.Array, keys: int, distances: int) -> jax.Array:
+    *lead, queries, _ = products.shape
     flat = products.reshape(*lead, queries * distances)
     if distances == keys + 1:
         return flat[..., queries - 1 : queries - 1 + queries * keys].reshape(*lead, queries, keys)
@@ -140,42 +147,11 @@ def unskew(logits: jax.Array, distances: int) -> jax.Array:
     return flat.reshape(*lead, queries, distances)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def positional_logits(position: jax.Array, relative: jax.Array, keys: int, dtype: jnp.dtype) -> jax.Array:
-    """(q_i + v) . W_R R(i - j) of every query and key.
-
-    Args:
-      position: [N, ..., I, H] scaled queries with the bias v.
-      relative: [N, P, H] projected distances, descending, as `skew` needs them.
-      keys: J.
-      dtype: of the result.
-
-    Returns:
-      [N, ..., I, J].
-    """
-    return skew(jnp.einsum("n...h,nph->n...p", position, relative, preferred_element_type=dtype), keys)
-
-
-def _positional_forward(
-    position: jax.Array, relative: jax.Array, keys: int, dtype: jnp.dtype
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return positional_logits(position, relative, keys, dtype), (position, relative)
-
-
-def _positional_backward(
-    keys: int, dtype: jnp.dtype, saved: tuple[jax.Array, jax.Array], cotangent: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    # By hand for the order of the operands, as in `layers.linear`, and for one padding instead of two.
-    position, relative = saved
-    products = unskew(cotangent, relative.shape[1]).astype(position.dtype)
-    tokens = tuple(range(1, position.ndim - 1))
-    return (
-        jnp.einsum("n...p,nph->n...h", products, relative),
-        jax.lax.dot_general(products, position, ((tokens, tokens), ((0,), (0,)))),
-    )
-
-
-positional_logits.defvjp(_positional_forward, _positional_backward)
+# By hand, for one padding instead of the two that JAX's own transpose takes.
+_skew.defvjp(
+    lambda products, keys, distances: (_skew(products, keys, distances), None),
+    lambda keys, distances, _, cotangent: (unskew(cotangent, distances),),
+)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -223,7 +199,7 @@ class Attention(nnx.Module):
     """Projections of one attention and `attend`, shared by the four kinds.
 
     Parameters: query [D, N, H], key and value [C, N, H], output [N, H, D]; transformer_xl adds relative W_R [D, N, H]
-    and the biases content_bias u and position_bias v [N, H] (spec section 3.6).
+    and the biases content_bias u and position_bias v [N, H], where positions count.
     """
 
     def __init__(
@@ -236,15 +212,17 @@ class Attention(nnx.Module):
         head_size: int,
         num_layers: int,
         key: jax.Array,
+        relative: bool = True,
     ):
-        """`num_layers` is the depth of the residual stream that the output adds to."""
+        """`num_layers` is the depth of the residual stream that the output adds to; without `relative` positions do
+        not count."""
         dtype = statistics_dtype(config)
         heads = (num_heads, head_size)
         from_queries, from_source = (queries.axis, "heads", "head"), (source.axis, "heads", "head")
         self.compute = compute_dtype(config)
         self.statistics = dtype
         self.scale = 1 / math.sqrt(head_size)
-        query, keys, value, output, relative = jax.random.split(key, 5)
+        query, keys, value, output, distances = jax.random.split(key, 5)
         self.norm = RMSNorm(config, queries)
         self.query = normal(query, (queries.width, *heads), from_queries, config.init_scale, dtype)
         self.key = normal(keys, (source.width, *heads), from_source, config.init_scale, dtype)
@@ -256,8 +234,8 @@ class Attention(nnx.Module):
             residual_scale(config, num_layers),
             dtype,
         )
-        if config.positions == "transformer_xl":
-            self.relative = normal(relative, (queries.width, *heads), from_queries, config.init_scale, dtype)
+        if relative and config.positions == "transformer_xl":
+            self.relative = normal(distances, (queries.width, *heads), from_queries, config.init_scale, dtype)
             self.content_bias = nnx.Param(jnp.zeros(heads, dtype), axes=("heads", "head"))
             self.position_bias = nnx.Param(jnp.zeros(heads, dtype), axes=("heads", "head"))
 
@@ -283,6 +261,8 @@ class Attention(nnx.Module):
             rotate_query, rotate_key = where.rotations
             content, position, relative = rotate(query * self.scale, rotate_query), None, None
             key = rotate(key, rotate_key)
+        elif where.sinusoids is None:
+            content, position, relative = checkpoint_name(query, "query") * self.scale, None, None
         else:
             query = checkpoint_name(query, "query")
             content = self._biased(query, self.content_bias)
@@ -371,11 +351,12 @@ class Attention(nnx.Module):
           key, value: [N, B..., Y, J, H].
           mask: bool, broadcastable to [N, B..., X, I, Y, J].
         """
-        logits = jnp.einsum("n...xih,n...yjh->n...xiyj", content, key, preferred_element_type=self.statistics)
+        logits = product("n...xih,n...yjh->n...xiyj", content, key, self.statistics)
         if position is not None:
-            logits += positional_logits(position, relative, key.shape[-2], self.statistics)[..., None, :]
+            # In the compute dtype: to shift the products is memory traffic alone, the largest on an accelerator.
+            logits += skew(product("n...ih,nph->n...ip", position, relative), key.shape[-2])[..., None, :]
         probabilities = masked_softmax(logits, mask, (-2, -1)).astype(self.compute)
-        return jnp.einsum("n...xiyj,n...yjh->n...xih", probabilities, value)
+        return product("n...xiyj,n...yjh->n...xih", probabilities, value)
 
     def _heads(self, x: jax.Array, kernel: nnx.Param) -> jax.Array:
         """[..., D] to [N, ..., H]."""

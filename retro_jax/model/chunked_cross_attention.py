@@ -42,6 +42,8 @@ def positions_of_chunks(chunks: jax.Array, length: int) -> jax.Array:
 
 def cca_positions(config: RetroConfig, neighbour_length: int) -> Positions:
     """Distance i - s + M - 1 of index i in the attending chunk and neighbour token s (paper equation 6, 0-based)."""
+    if not config.cross_positions:
+        return Positions()
     return positions(
         config,
         query_width=config.width,
@@ -64,6 +66,7 @@ class ChunkedCrossAttention(Attention):
             head_size=config.head_size,
             num_layers=config.num_layers,
             key=key,
+            relative=config.cross_positions,
         )
         self.chunk_length = config.chunk_length
 

@@ -22,6 +22,7 @@ class ConditioningAttention(Attention):
             head_size=config.encoder_head_size,
             num_layers=config.encoder_layers,
             key=key,
+            relative=config.cross_positions,
         )
         self.source_norm = RMSNorm(config, decoder_stream(config))
 
@@ -87,7 +88,7 @@ class Encoder(nnx.Module):
         chunks_valid = hidden_valid[:, :complete].reshape(batch, num_chunks, config.chunk_length)
         where = (
             encoder_positions(config, length, keys=length),
-            encoder_positions(config, length, keys=config.chunk_length),
+            encoder_positions(config, length, keys=config.chunk_length) if config.cross_positions else Positions(),
         )
         for layer in self.layers:
             x = remat(config, layer)(x, valid, chunks, chunks_valid, where)

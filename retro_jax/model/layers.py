@@ -62,25 +62,50 @@ def weight(param: nnx.Param, dtype: jnp.dtype) -> jax.Array:
     return checkpoint_name(rules.gather(param[...].astype(dtype), param.axes), "weight")
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def product(subscripts: str, a: jax.Array, b: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+    """`jnp.einsum` of two arrays of one dtype: summed in float32 (float64 for float64) and rounded once.
+
+    Every index of one operand must be in the other or in the result.
+
+    Args:
+      subscripts: as for einsum, with an explicit result.
+      a, b: operands.
+      dtype: of the result; None for the operands'.
+    """
+    # Accelerators sum in float32 anyhow; a CPU multiplies bfloat16 at twice the speed when it is asked to.
+    sums = jnp.promote_types(a.dtype, jnp.float32)
+    return jnp.einsum(subscripts, a, b, preferred_element_type=sums).astype(dtype or a.dtype)
+
+
+def _product_forward(
+    subscripts: str, a: jax.Array, b: jax.Array, dtype: jnp.dtype | None
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return product(subscripts, a, b, dtype), (a, b)
+
+
+def _product_backward(
+    subscripts: str, _: jnp.dtype | None, saved: tuple[jax.Array, jax.Array], cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    # By hand for two reasons. Both products are of operands in the compute dtype, where JAX's own would multiply
+    # float32 by bfloat16. And einsum orders the operands so that nothing is transposed, where JAX's own gives the
+    # transposed gradient of a kernel, whose product runs at half the speed on a CPU.
+    a, b = saved
+    operands, result = subscripts.split("->")
+    first, second = operands.split(",")
+    cotangent = cotangent.astype(a.dtype)
+    return (
+        product(f"{result},{second}->{first}", cotangent, b),
+        product(f"{first},{result}->{second}", a, cotangent),
+    )
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
 def linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """x [..., D] times kernel [D, F]: [..., F]."""
-    return x @ kernel
-
-
-def _linear_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return x @ kernel, (x, kernel)
-
-
-def _linear_backward(saved: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # By hand for the order of the operands: JAX's own gives the transposed gradient of the kernel, whose product runs
-    # at half the speed on a CPU.
-    x, kernel = saved
-    tokens = tuple(range(x.ndim - 1))
-    return cotangent @ kernel.T, jax.lax.dot_general(x, cotangent, ((tokens, tokens), ((), ())))
-
-
-linear.defvjp(_linear_forward, _linear_backward)
+    return product("...d,df->...f", x, kernel)
 
 
 def remat(config: RetroConfig, function: Callable[..., Any], *, scanned: bool = False) -> Callable[..., Any]:
@@ -255,7 +280,7 @@ class Embedding(nnx.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """[...] int32 to [..., D]; an id beyond the vocabulary gives NaN, so that it cannot pass unnoticed."""
         table = self.table[...]
-        if rules.axis_size("fsdp") == 1:
+        if rules.axis_size("fsdp") == 1 or table.shape[1] % rules.axis_size("fsdp"):
             return jnp.take(table, tokens, axis=0, mode="fill").astype(self.dtype)
         # Each device looks up its part of the width for all rows of its fsdp group, and then rows and widths change
         # places: that moves the activations once, where gathering the table (and summing its gradient) would move V

@@ -81,6 +81,8 @@ class Retro(nnx.Module):
         if neighbours is None or neighbours.size == 0:  # no complete chunk, or k = 0
             return None
         embedding = self.embedding if self.encoder_embedding is None else self.encoder_embedding
+        if self.config.neighbour_part != "both":
+            neighbours = neighbours[..., slice(*self.config.neighbour_range)]
         return self.encoder(embedding(neighbours), neighbours != self.config.pad_id, x, valid)
 
     def _check(self, tokens: jax.Array, neighbours: jax.Array | None) -> None:

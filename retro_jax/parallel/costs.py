@@ -105,7 +105,7 @@ def collectives(module: Module) -> list[Collective]:
         if run.fused and "all-reduce-scatter" in instruction.computation:
             kind = "reduce-scatter"  # on TPU a fusion of an all-reduce and the slice that the device keeps
         shapes = tuple(shape for operand in module.operands(instruction) for shape in operand.shapes)
-        size = group_size(instruction.text)
+        size = group_size(instruction.text, module.devices)
         sent = _bytes_sent(kind, sum(shape.bytes for shape in shapes), size)
         found.append(Collective(kind, sent, size, run.times, instruction.op_name or around, shapes))
     return found
@@ -122,8 +122,9 @@ def traffic(found: Iterable[Collective]) -> dict[str, Traffic]:
     return sums
 
 
-def group_size(text: str) -> int:
-    """Devices in one group of a collective, from its attributes: `replica_groups` in any of its forms, or pairs (2)."""
+def group_size(text: str, devices: int) -> int:
+    """Devices in one group of a collective, from its attributes: `replica_groups` in any of its forms, or pairs (2);
+    without groups all `devices` are one."""
     if "source_target_pairs=" in text:
         return 2
     if iota := re.search(r"replica_groups=\[(?:\d+,)*(\d+)\]<=", text):
@@ -133,7 +134,7 @@ def group_size(text: str) -> int:
         return math.prod(sizes[name] for name in re.findall(r"'([^']+)'", mesh[2]))
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
         return listed[1].count(",") + 1
-    return 1
+    return devices
 
 
 def _product_flops(module: Module, instruction: Instruction) -> float:

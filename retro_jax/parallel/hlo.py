@@ -60,10 +60,11 @@ class Computation(NamedTuple):
 
 
 class Module(NamedTuple):
-    """A program: computations by name, and the one it starts with."""
+    """A program: computations by name, the one it starts with, and how many devices it is split over."""
 
     computations: Mapping[str, Computation]
     entry: str
+    devices: int = 1
 
     def operands(self, instruction: Instruction) -> list[Instruction]:
         """The instructions whose results an instruction takes."""
@@ -111,7 +112,8 @@ def parse(text: str) -> Module:
                 root = instruction
     if not entry:
         raise ValueError("no ENTRY computation: this is not the text of a compiled program")
-    return Module(computations, entry)
+    devices = re.search(r"^HloModule .*\bnum_partitions=(\d+)", text, re.MULTILINE)
+    return Module(computations, entry, int(devices[1]) if devices else 1)
 
 
 def executions(module: Module) -> Iterator[Execution]:

@@ -3,7 +3,7 @@
 Every function works in a single process as well, where there is nobody to wait for. The processes find each other by
 `RollCall`, JAX's coordination service carries the small values they agree on, and JAX's collectives everything else.
 A process that dies ends the others: at once when the operating system of its host closes its connection, within
-`roll_call.SILENCE_SECONDS` when the host itself is gone. They exit with status 1 and one line that names it.
+`roll_call.SILENCE_SECONDS` when the host itself is gone. They exit with status 75 and one line that names it.
 """
 
 import collections
@@ -222,7 +222,7 @@ def to_global(
 
 @contextlib.contextmanager
 def named_failure() -> Iterator[None]:
-    """Names the process whose death made a collective fail in this one: the process ends with that line and status 1.
+    """Names the process whose death made a collective fail in this one: the process ends with that line and status 75.
 
     A failure of this process's own is raised as it is.
     """
@@ -310,11 +310,12 @@ def _address(coordinator: str) -> Address:
     return Address(host.removeprefix("[").removesuffix("]"), int(port))
 
 
-def _end_with(reason: str) -> NoReturn:
+def _end_with(reason: str, lost: bool) -> NoReturn:
     """Ends this process from the watch's thread: the main one may wait for ever in a collective."""
     sys.stdout.flush()
     print(f"error: {reason}; this process ends as well", file=sys.stderr, flush=True)
-    os._exit(1)
+    # A launcher may start the run again after a loss, while a failure that was told would come again.
+    os._exit(os.EX_TEMPFAIL if lost else 1)
 
 
 def _hold_aborts() -> None:

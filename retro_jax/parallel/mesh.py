@@ -38,13 +38,16 @@ def create_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> 
     if int(np.prod(sizes)) != len(devices):
         raise UserError(f"mesh {written} does not multiply to the {len(devices)} devices of this run")
     types = (AxisType.Auto,) * len(AXES)
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    # Of GPUs JAX calls every host a slice. There the order is enough: the last axes lie within a host.
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+    # A mesh axis may take a part of an axis of the slice (8 x 64 on v4:8x8x8 has no other way).
+    split = {"allow_split_physical_axes": True}
     if slices == 1:
-        return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+        return Mesh(mesh_utils.create_device_mesh(sizes, devices, **split), AXES, axis_types=types)
     if sizes[0] % slices:
         raise UserError(f"mesh {written}: data must be a multiple of the {slices} slices, the other axes lie in one")
     inside, across = (sizes[0] // slices, *sizes[1:]), (slices, *(1 for _ in AXES[1:]))
-    return Mesh(mesh_utils.create_hybrid_device_mesh(inside, across, devices), AXES, axis_types=types)
+    return Mesh(mesh_utils.create_hybrid_device_mesh(inside, across, devices, **split), AXES, axis_types=types)
 
 
 def check_batch(config: TrainConfig, mesh: Mesh) -> None:

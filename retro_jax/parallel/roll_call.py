@@ -45,14 +45,15 @@ class RollCall:
         self._links = links
         self._leaving: set[int] = set()
         self._all_leaving = threading.Event()
-        self._stop: Callable[[str], None] = lambda reason: None
+        self._stop: Callable[[str, bool], None] = lambda reason, lost: None
 
     def name(self, process: int) -> str:
         """`process 1 (its-host)`, for messages."""
         return f"process {process} ({self.hosts[process]})"
 
-    def watch(self, stop: Callable[[str], None]) -> None:
-        """Calls `stop(reason)`, once and from another thread, when a process has died, failed or fallen silent."""
+    def watch(self, stop: Callable[[str, bool], None]) -> None:
+        """Calls `stop(reason, lost)`, once and from another thread, when a process has failed, and has told why, or is
+        lost: died or fell silent."""
         self._stop = stop
         threading.Thread(target=self._listen, name="roll call", daemon=True).start()
 
@@ -95,9 +96,9 @@ class RollCall:
         if self._process == 0:
             self._tell_all(message)
         if "gone" in message:
-            self._stop(f"{self.name(missing)} has stopped or cannot be reached")
+            self._stop(f"{self.name(missing)} has stopped or cannot be reached", True)
         else:
-            self._stop(f"{self.name(missing)} failed: {message['reason']}")
+            self._stop(f"{self.name(missing)} failed: {message['reason']}", False)
         return True
 
     def _note_leaving(self, process: int) -> None:

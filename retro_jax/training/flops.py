@@ -91,7 +91,8 @@ def hardware_flops(config: TrainConfig) -> float:
       UserError: as `step_flops`.
     """
     total = 0.0
-    for product in _products(config.model, *_shape(config)):
+    # Over `context` every part of the queries multiplies all keys.
+    for product in _products(config.model, *_shape(config), blocks=config.mesh.context == 1):
         if product.name == "head":
             total += _head(config, product)
         elif product.per_batch:
@@ -99,6 +100,15 @@ def hardware_flops(config: TrainConfig) -> float:
         else:  # the sinusoids are constants, without a gradient
             total += product.executed * (2 + _again(config.model.remat, product.name)) * config.microbatches
     return total
+
+
+def processed_tokens(config: TrainConfig) -> int:
+    """Positions that a step computes: targets and, for a RETRO, the tokens that the encoder reads."""
+    batch_size, length, neighbours = _shape(config)
+    if config.model.is_baseline:
+        return batch_size * length
+    read = length // config.model.chunk_length * neighbours * len(range(*config.model.neighbour_range))
+    return batch_size * (length + read)
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
@@ -139,39 +149,43 @@ def _again(remat: str, name: str) -> int:
     return 0 if name in remat.split(",") else 1
 
 
-def _products(config: RetroConfig, batch_size: int, length: int, neighbours: int) -> Iterator[Product]:
-    """Every kind of matrix product of one forward pass; arguments as `forward_flops`."""
+def _products(
+    config: RetroConfig, batch_size: int, length: int, neighbours: int, *, blocks: bool = True
+) -> Iterator[Product]:
+    """Every kind of matrix product of one forward pass; arguments as `forward_flops`, `blocks` as `_causal_scores`."""
     chunks = length // config.chunk_length
     heads, encoder_heads = config.num_heads * config.head_size, config.encoder_num_heads * config.encoder_head_size
     tokens = batch_size * length
     yield from _times(
         config.num_layers,
         *_projections("decoder", (tokens, config.width), (tokens, config.width), heads),
-        *_causal_scores(config, batch_size, length, heads),
+        *_causal_scores(config, batch_size, length, heads, blocks),
         *_feed_forward("decoder", tokens, config.width, config.ffw_width),
     )
     logits = 2.0 * tokens * config.width * config.vocab_size
     yield Product("head", "head", logits, logits)
     if config.is_baseline or not neighbours or not chunks:
         return
-    m, r = config.chunk_length, config.neighbour_length
+    m, r = config.chunk_length, len(range(*config.neighbour_range))
     chunked, retrieved = batch_size * chunks * m, batch_size * chunks * neighbours * r
     decoder, encoder = (chunked, config.width), (retrieved, config.encoder_width)
+    relative = config.positions == "transformer_xl"
+    relative_cross = relative and config.cross_positions
     yield from _times(
         len(config.cca_layers),
         *_projections("cca", decoder, encoder, heads),
-        *_scores("cca", config, decoder, neighbours * r, (r, m + r - 1), heads),
+        *_scores("cca", decoder, neighbours * r, (r, m + r), heads, relative_cross),
     )
     yield from _times(
         config.encoder_layers,
         *_projections("encoder", encoder, encoder, encoder_heads),
-        *_scores("encoder", config, encoder, r, (r, 2 * r - 1), encoder_heads),
+        *_scores("encoder", encoder, r, (r, 2 * r), encoder_heads, relative),
         *_feed_forward("encoder", *encoder, config.encoder_ffw_width),
     )
     yield from _times(
         len(config.encoder_ca_layers),
         *_projections("encoder", encoder, decoder, encoder_heads),
-        *_scores("encoder", config, encoder, m, (m, m + r - 1), encoder_heads),
+        *_scores("encoder", encoder, m, (m, m + r), encoder_heads, relative_cross),
     )
 
 
@@ -183,27 +197,27 @@ def _projections(part: str, queries: tuple[int, int], source: tuple[int, int], h
 
 
 def _scores(
-    part: str, config: RetroConfig, queries: tuple[int, int], keys: int, places: tuple[int, int], heads: int
+    part: str, queries: tuple[int, int], keys: int, places: tuple[int, int], heads: int, relative: bool
 ) -> list[Product]:
     """Each query with `keys` keys, and with the relative positions (that occur to one query, that are computed)."""
     positions, width = queries
     pairs = 2.0 * positions * keys * heads
     found = [Product(part, "scores", pairs, pairs), Product(part, "mixed", pairs, pairs)]
-    if config.positions == "transformer_xl":
+    if relative:
         needed, computed = (2.0 * positions * count * heads for count in places)
         found.append(Product(part, "scores", needed, computed))
         found.append(_relative(part, places[1], width, heads))
     return found
 
 
-def _causal_scores(config: RetroConfig, batch_size: int, length: int, heads: int) -> list[Product]:
-    """Decoder self-attention; the code leaves out the keys behind each block of queries."""
-    blocks = [(stop - start, stop) for start, stop in causal_blocks(length)]
+def _causal_scores(config: RetroConfig, batch_size: int, length: int, heads: int, blocks: bool) -> list[Product]:
+    """Decoder self-attention; in `blocks` the code leaves out the keys behind each block of queries."""
+    spans = [(stop - start, stop) for start, stop in causal_blocks(length)] if blocks else [(length, length)]
     pairs = 2.0 * batch_size * length * length * heads
-    executed = 2.0 * batch_size * heads * sum(queries * keys for queries, keys in blocks)
+    executed = 2.0 * batch_size * heads * sum(queries * keys for queries, keys in spans)
     found = [Product("decoder", name, pairs, executed, causal=True) for name in ("scores", "mixed")]
     if config.positions == "transformer_xl":
-        executed = 2.0 * batch_size * heads * sum(queries * (keys + 1) for queries, keys in blocks)
+        executed = 2.0 * batch_size * heads * sum(queries * (keys + 1) for queries, keys in spans)
         found.append(Product("decoder", "scores", pairs, executed, causal=True))
         found.append(_relative("decoder", length + 1, config.width, heads))
     return found

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from retro_jax.config import TrainConfig
 from retro_jax.data.tokenizer import BOS_ID, PAD_ID
@@ -28,11 +27,13 @@ from retro_jax.parallel import rules
 from retro_jax.parallel.chips import Chip
 from retro_jax.parallel.costs import Collective, Traffic, Work, collectives, traffic, work
 from retro_jax.parallel.hlo import parse, trip_counts
+from retro_jax.parallel.layout import check_coverage
 from retro_jax.parallel.mesh import check_batch, create_mesh
 from retro_jax.parallel.topology import Topology, topology_devices
 from retro_jax.training.flops import hardware_flops, step_flops
+from retro_jax.training.inputs import abstract_batch
 from retro_jax.training.optimizer import create_optimizer
-from retro_jax.training.state import ModelPlan, plan_model, plan_state
+from retro_jax.training.state import ModelPlan, named_params, plan_model, plan_state
 from retro_jax.training.step import make_train_step
 
 LISTED = 12  # largest collectives and operations that a forecast names
@@ -47,11 +48,11 @@ class Memory:
       arguments, outputs: of the step: state and batch; the new state and metrics.
       aliased: outputs that take the place of arguments (the donated state).
       temporaries, code: what the step needs besides.
-      peak: all together; when the compiler refused the program, what it said the program needs.
+      peak: all together; when the compiler refused the program, what it said the program needs (None: it did not say).
     """
 
     limit: float | None
-    peak: float
+    peak: float | None
     arguments: float = 0.0
     outputs: float = 0.0
     aliased: float = 0.0
@@ -60,7 +61,7 @@ class Memory:
 
     @property
     def fits(self) -> bool:
-        return self.limit is None or self.peak <= self.limit
+        return self.limit is None or (self.peak is not None and self.peak <= self.limit)
 
 
 class Operation(NamedTuple):
@@ -80,7 +81,8 @@ class Costs:
       hardware_flops: executed by all chips together, counted in the compiled program.
       memory_bytes: of main memory that each chip reads and writes.
       interconnect: bytes that each chip sends, by kind of collective.
-      busy_seconds, interconnect_seconds: see the module; None on CPU devices, whose figures are not known.
+      busy_seconds, interconnect_seconds: see the module; None on CPU devices and for several slices, as the figures of
+        the one and of the network between the others are not known.
       mfu: model FLOPs utilisation (causal count) when communication is all overlapped, and when none is.
       tokens_per_second: target tokens, at the same two.
       largest_collectives: those that send most; equal ones from one place of the program as one.
@@ -180,20 +182,20 @@ def forecast(
     mesh = create_mesh(config.mesh, topology_devices(topology))
     check_batch(config, mesh)
     plan = plan_model(config.model, mesh)
+    check_coverage(named_params(plan), mesh)
     optimizer = create_optimizer(config.optimizer, config.steps, plan.axes)
     step = make_train_step(config, plan, optimizer, mesh, unscored=(PAD_ID, BOS_ID))
     begun = time.monotonic()
     report("tracing the step")
-    lowered = step.lower(plan_state(plan, optimizer, mesh), _abstract_batch(config, rules.batch_sharding(mesh)))
+    lowered = step.lower(plan_state(plan, optimizer, mesh), abstract_batch(config, rules.batch_sharding(mesh)))
     report(f"compiling for {topology.name}, mesh {_written(mesh.shape)}; this takes a minute or more")
     limit = hbm_bytes or (topology.chip and topology.chip.hbm_bytes)
     try:
         compiled = lowered.compile(compiler_options={"exec_time_optimization_effort": -1.0} if quick else None)
     except jax.errors.JaxRuntimeError as error:
-        needed = _needed(str(error))
-        if needed is None:
+        if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        memory, costs = Memory(limit, needed), None
+        memory, costs = Memory(limit, _needed(str(error))), None
     else:
         memory, costs = _memory(compiled.memory_analysis(), limit), _costs(compiled.as_text(), config, topology)
     return Forecast(
@@ -212,35 +214,57 @@ def forecast(
     )
 
 
-def remedies(config: TrainConfig, mesh: dict[str, int]) -> Iterator[tuple[str, TrainConfig]]:
-    """Changes that need less memory, the mildest first: each with the flag that makes it.
+def remedies(config: TrainConfig, plan: Forecast) -> Iterator[tuple[str, TrainConfig]]:
+    """Changes that need less memory, the mildest first: each with the flags that make it.
 
-    First what costs no FLOPs (more fsdp in the place of data, micro-batches), then recomputation, then both.
+    First what costs no FLOPs: more fsdp in the place of data, or micro-batches, as many as should do. Then
+    recomputation, then both. Micro-batches that do not divide the batch, and fsdp that does not divide the widths, are
+    left out.
 
     Args:
       config: the configuration that does not fit.
-      mesh: its mesh, sizes resolved.
+      plan: its forecast.
     """
+    mesh, memory, model = plan.mesh, plan.memory, config.model
+    # The optimizer state is split by fsdp; nearly all the rest grows with the sequences of a micro-batch.
+    moment = 2 if config.optimizer.moments_dtype == "bfloat16" else 4
+    state = plan.parameters * (4 + 2 * moment) / (mesh["fsdp"] * mesh["tensor"])
+    excess = math.inf if memory.peak is None else memory.peak - memory.limit
+    rest = 0.0 if memory.peak is None else memory.peak - state
 
-    def with_parts(config: TrainConfig, flags: str, times: int) -> Iterator[tuple[str, TrainConfig]]:
-        parts = config.microbatches * times
-        if config.batch_size % (parts * mesh["data"] * mesh["fsdp"]) == 0:
-            yield f"{flags} --config.microbatches={parts}", dataclasses.replace(config, microbatches=parts)
+    def enough(saved: float, times: int, most: bool) -> bool:
+        return most or saved * (1 - 1 / times) >= excess
 
+    widths = {model.width} | (set() if model.is_baseline else {model.encoder_width})
+    splits = [
+        times
+        for times in range(2, mesh["data"] + 1)
+        if mesh["data"] % times == 0 and not any(width % (times * mesh["fsdp"]) for width in widths)
+    ]
+    parts = [
+        times
+        for times in range(2, config.batch_size + 1)
+        if config.batch_size % (times * config.microbatches * mesh["data"] * mesh["fsdp"]) == 0
+    ]
+    for times in splits:
+        if enough(state, times, times == splits[-1]):
+            data, fsdp = mesh["data"] // times, mesh["fsdp"] * times
+            split = dataclasses.replace(config.mesh, data=data, fsdp=fsdp)
+            yield f" --config.mesh.data={data} --config.mesh.fsdp={fsdp}", dataclasses.replace(config, mesh=split)
+            break
+    for times in parts:
+        if enough(rest, times, times == parts[-1]):
+            count = times * config.microbatches
+            yield f" --config.microbatches={count}", dataclasses.replace(config, microbatches=count)
+            break
     flags = ""
-    if mesh["data"] > 1:
-        fsdp = mesh["data"] * mesh["fsdp"]
-        flags = f" --config.mesh.data=1 --config.mesh.fsdp={fsdp}"
-        config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=1, fsdp=fsdp))
+    for remat in _REMAT_LADDER[_rung(model.remat) + 1 :]:
+        config = dataclasses.replace(config, model=dataclasses.replace(model, remat=remat))
+        flags = f" --config.model.remat={remat}"
         yield flags, config
-    yield from with_parts(config, flags, 2)
-    for remat in _REMAT_LADDER[_rung(config.model.remat) + 1 :]:
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
-        yield f"{flags} --config.model.remat={remat}", config
-    if config.model.remat != "none":
-        flags += f" --config.model.remat={config.model.remat}"
-    for times in (2, 4):
-        yield from with_parts(config, flags, times)
+    for times in parts[:2] if flags else ():
+        count = times * config.microbatches
+        yield f"{flags} --config.microbatches={count}", dataclasses.replace(config, microbatches=count)
 
 
 # What is kept of a block, from most to least.
@@ -252,15 +276,6 @@ def _rung(remat: str) -> int:
         return _REMAT_LADDER.index(remat)
     kept = len(remat.split(","))
     return next(rung for rung in (1, 2, 3) if rung == 3 or kept >= len(_REMAT_LADDER[rung].split(",")))
-
-
-def _abstract_batch(config: TrainConfig, sharding: jax.sharding.NamedSharding) -> dict[str, jax.ShapeDtypeStruct]:
-    model, length = config.model, config.data.length
-    shapes = {"tokens": (config.batch_size, length + 1)}
-    if not model.is_baseline:
-        chunks = length // model.chunk_length
-        shapes["neighbours"] = (config.batch_size, chunks, config.data.neighbours, model.neighbour_length)
-    return {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for name, shape in shapes.items()}
 
 
 def _memory(analysis: Any, limit: float | None) -> Memory:
@@ -277,7 +292,7 @@ def _costs(text: str, config: TrainConfig, topology: Topology) -> Costs:
     found, each, chip = collectives(module), work(module), topology.chip
     flops, moved = sum(one.times * one.flops for one in each), sum(one.times * one.bytes for one in each)
     busy = sent = mfu = tokens = None
-    if chip is not None:
+    if chip is not None and topology.slices == 1:
         peak = _peak(chip, config)
         busy = max(sum(_seconds(one, chip, peak) for one in each if not one.asynchronous), moved / chip.hbm_bandwidth)
         sent = sum(c.times * c.bytes / topology.interconnect_bandwidth(c.group_size) for c in found if c.group_size > 1)
@@ -326,11 +341,9 @@ def _largest_operations(each: list[Work], chip: Chip | None, config: TrainConfig
 
 
 def _needed(message: str) -> float | None:
-    """Bytes that a program needs, from the TPU compiler's refusal; NaN when it names none, None for another failure."""
-    if "RESOURCE_EXHAUSTED" not in message:
-        return None
+    """Bytes that a program needs, from the TPU compiler's refusal; None when it names none."""
     found = re.search(r"(?:Used|\()\s*([\d.]+)([KMGT])", message)
-    return float(found[1]) * 1024 ** (1 + "KMGT".index(found[2])) if found else math.nan
+    return float(found[1]) * 1024 ** (1 + "KMGT".index(found[2])) if found else None
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import numpy as np
 from retro_jax.config import TrainConfig
 from retro_jax.data.batches import Batches
 from retro_jax.errors import UserError
-from retro_jax.training.flops import hardware_flops, peak_flops, step_flops
+from retro_jax.training.flops import hardware_flops, peak_flops, processed_tokens, step_flops
 from retro_jax.training.goodput import Ledger
 from retro_jax.training.metrics import MetricsWriter
 from retro_jax.training.optimizer import learning_rate
@@ -54,7 +54,7 @@ class StepLog:
         self._flops, self._hardware_flops = step_flops(config), hardware_flops(config)
         peak = peak_flops(jax.devices()[0].device_kind, config.model.dtype)
         self._peak = None if peak is None else peak * jax.device_count()
-        self._processed_tokens = _processed_tokens(config)
+        self._processed_tokens = processed_tokens(config)
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._tokens = 0.0
         self._steps = 0
@@ -127,12 +127,3 @@ class StepLog:
             )
         if self._writer is not None:
             print(f"{what}; skipped, number {values['bad_in_a_row']:.0f} in a row", file=sys.stderr, flush=True)
-
-
-def _processed_tokens(config: TrainConfig) -> int:
-    """Positions that a step computes: targets and, for a RETRO, all neighbours'."""
-    targets = config.batch_size * config.data.length
-    if config.model.is_baseline:
-        return targets
-    chunks = config.data.length // config.model.chunk_length
-    return targets + config.batch_size * chunks * config.data.neighbours * config.model.neighbour_length

@@ -19,9 +19,10 @@ def token_nats(hidden: jax.Array, kernel: jax.Array, labels: jax.Array, *, block
       block: vocabulary rows at a time; 0 or at least V for all at once.
 
     Returns:
-      [B, T] float32 (float64 for float64 input).
+      [B, T] float32 (float64 for float64 input); NaN for a label beyond the vocabulary.
     """
     vocab, width = kernel.shape
+    known = (labels >= 0) & (labels < vocab)
     # Over a mesh with a tensor axis every block takes its share of each device's rows.
     tensor = rules.axis_size("tensor")
     shares = tensor if vocab % tensor == 0 else 1
@@ -45,7 +46,7 @@ def token_nats(hidden: jax.Array, kernel: jax.Array, labels: jax.Array, *, block
             picked = jnp.take_along_axis(logits[:, :, 0], labels[..., None], axis=-1)[..., 0]
         else:
             picked = picked_from(logits, ids)
-        return jax.nn.logsumexp(logits, axis=(-2, -1)) - picked
+        return jnp.where(known, jax.nn.logsumexp(logits, axis=(-2, -1)) - picked, jnp.nan)
 
     def in_blocks(x: jax.Array, filler: int) -> jax.Array:
         x = jnp.pad(x, ((0, 0), (0, blocks * size - share), *((0, 0),) * (x.ndim - 2)), constant_values=filler)
@@ -64,7 +65,7 @@ def token_nats(hidden: jax.Array, kernel: jax.Array, labels: jax.Array, *, block
     zero = jnp.zeros(labels.shape, jnp.promote_types(hidden.dtype, jnp.float32))
     start = (jnp.full_like(zero, -jnp.inf), zero, zero)
     (maximum, total, picked), _ = jax.lax.scan(body, start, (in_blocks(ids, -1), in_blocks(kernel, 0)))
-    return maximum + jnp.log(total) - picked
+    return jnp.where(known, maximum + jnp.log(total) - picked, jnp.nan)
 
 
 @jax.custom_vjp

@@ -63,12 +63,13 @@ def make_train_step(
             total, count, gradients = sums(state.params, batch)
         else:
             parts = {name: _micro(array, config.microbatches) for name, array in batch.items()}
-            first, rest = ({name: part[which] for name, part in parts.items()} for which in (0, slice(1, None)))
 
             def add(so_far: tuple, part: Batch) -> tuple[tuple, None]:
                 return jax.tree.map(jnp.add, so_far, sums(state.params, part)), None
 
-            (total, count, gradients), _ = jax.lax.scan(add, sums(state.params, first), rest)
+            zero = jnp.zeros((), jnp.float32)
+            none = jax.lax.with_sharding_constraint(jax.tree.map(jnp.zeros_like, state.params), shardings)
+            (total, count, gradients), _ = jax.lax.scan(add, (zero, zero, none), parts)
         count = jnp.maximum(count, 1.0)
         loss, gradients = total / count, jax.tree.map(lambda gradient: gradient / count, gradients)
         norm = optax.global_norm(gradients)

@@ -58,7 +58,7 @@ def kill(processes, victim):
             assert status == -signal.SIGKILL
             continue
         errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
-        assert status == 1 and len(errors) == 1, stderr
+        assert status == os.EX_TEMPFAIL and len(errors) == 1, stderr
         assert f"error: process {victim} ({socket.gethostname()}) has stopped or cannot be reached" in errors[0]
         assert "Traceback" not in stderr and "Check failure" not in stderr, stderr
 

@@ -22,6 +22,10 @@ class Reference:
     def sequence(self, tokens, neighbours):
         """One sequence: tokens [T], neighbours [L][K][R] or None."""
         config, m = self.config, self.config.chunk_length
+        if neighbours is not None and config.neighbour_part == "neighbour":
+            neighbours = [[neighbour[:m] for neighbour in chunk] for chunk in neighbours]
+        if neighbours is not None and config.neighbour_part == "continuation":
+            neighbours = [[neighbour[m:] for neighbour in chunk] for chunk in neighbours]
         length = len(tokens)
         x = [self.p["embedding.table"][token] for token in tokens]
         encoded = None
@@ -98,7 +102,9 @@ class Reference:
             logits = []
             for vector, key_place in keys:
                 k = vector @ self.p[f"{name}.key"][:, n]
-                if self.config.positions == "rope":
+                if not self.config.cross_positions and name.endswith("ca"):
+                    logit = q @ k
+                elif self.config.positions == "rope":
                     logit = self.rotated(q, place) @ self.rotated(k, key_place)
                 else:
                     r = self.sinusoid(place - key_place, len(query)) @ self.p[f"{name}.relative"][:, n]

@@ -39,6 +39,13 @@ CASES = {
         dataclasses.replace(SMALL, share_embeddings=True, encoder_width=16, positions="rope", encoder_layers=3),
         {"length": 9},
     ),
+    "no positions in cross-attention": (dataclasses.replace(SMALL, cross_positions=False), {}),
+    "no positions in cross-attention, rope": (
+        dataclasses.replace(SMALL, cross_positions=False, positions="rope"),
+        {"length": 9},
+    ),
+    "neighbours without continuations": (dataclasses.replace(SMALL, neighbour_part="neighbour"), {"length": 9}),
+    "continuations alone": (dataclasses.replace(SMALL, neighbour_part="continuation"), {"length": 9}),
     "baseline": (dataclasses.replace(SMALL, cca_layers=()), {}),
 }
 

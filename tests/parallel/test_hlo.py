@@ -151,11 +151,12 @@ def test_explicit_collectives_are_found(mesh):
         ("replica_groups=[4,2]<=[2,4]T(1,0), x", 2),
         ("replica_groups=mesh['a'=2,'b'=4,'c'=8] {'b','c'}, x", 32),
         ("source_target_pairs={{0,1},{1,0}}, x", 2),
-        ("no groups at all", 1),
+        ("replica_groups={}, x", 8),
+        ("no groups at all", 8),
     ],
 )
 def test_group_sizes_of_every_notation(text, size):
-    assert group_size(text) == size
+    assert group_size(text, devices=8) == size
 
 
 @given(

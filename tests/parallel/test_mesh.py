@@ -56,23 +56,20 @@ def test_an_axis_without_a_rule_and_two_that_claim_one_mesh_axis_are_defects():
 
 @dataclasses.dataclass(frozen=True)
 class SlicedDevice:
-    """What the layout of a mesh asks of a TPU device."""
+    """What the layout of a mesh asks of a device."""
 
     id: int
     slice_index: int
-    platform: str = "cpu"
-    device_kind: str = "cpu"
-    process_index: int = 0
+    platform: str
+    device_kind: str
+    process_index: int
 
 
-def test_only_the_data_axis_crosses_slices():
-    devices = [SlicedDevice(number, number // 4) for number in range(8)]
-    mesh = create_mesh(MeshConfig(data=4, fsdp=2), devices)
-    slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
-    assert mesh.devices.shape == (4, 2, 1, 1)
-    assert slices[:2].max() == 0 and slices[2:].min() == 1
-    with pytest.raises(UserError, match="data must be a multiple of the 2 slices"):
-        create_mesh(MeshConfig(data=1, fsdp=8), devices)
+def test_hosts_with_gpus_are_no_slices():
+    devices = [SlicedDevice(number, number // 8, "gpu", "NVIDIA H100 80GB HBM3", number // 8) for number in range(32)]
+    assert create_mesh(MeshConfig(), devices).shape["fsdp"] == 32
+    hosts = np.vectorize(lambda device: device.process_index)(create_mesh(MeshConfig(tensor=8), devices).devices)
+    assert (hosts == np.arange(4).reshape(1, 4, 1, 1)).all()  # tensor lies within a host
 
 
 def test_a_batch_that_does_not_divide_is_refused():

@@ -18,10 +18,10 @@ MEMBER = """
 import json, sys, time
 from retro_jax.parallel.roll_call import Address, meet
 
-def stop(reason):
+def stop(reason, lost):
     print(reason, flush=True)
     import os
-    os._exit(1)
+    os._exit(75 if lost else 1)
 
 port, process, of = map(int, sys.argv[1:4])
 roll_call = meet(Address("127.0.0.1", port), process, of, 60)
@@ -97,7 +97,7 @@ def test_the_death_of_one_ends_the_others_at_once_and_is_named(port, victim):
     killed = time.monotonic()
     for process in processes:
         if process is not processes[victim]:
-            assert process.wait(timeout=20) == 1
+            assert process.wait(timeout=20) == 75
             expected = f"process {victim} ({socket.gethostname()}) has stopped or cannot be reached"
             assert process.stdout.read().strip() == expected
     assert time.monotonic() - killed < 5
@@ -118,7 +118,7 @@ def test_one_that_has_left_is_not_missed_but_one_that_dies_while_others_leave_is
         order(process, "leave")
     processes[1].kill()
     for process in (processes[0], processes[2]):
-        assert process.wait(timeout=20) == 1
+        assert process.wait(timeout=20) == 75
         assert process.stdout.read().startswith("process 1 (")
 
 

@@ -3,10 +3,13 @@
 import importlib.util
 
 import jax
+import numpy as np
 import pytest
 
+from retro_jax.config import MeshConfig
 from retro_jax.errors import UserError
 from retro_jax.parallel.chips import CHIPS, chip_of
+from retro_jax.parallel.mesh import create_mesh
 from retro_jax.parallel.topology import parse_topology, topology_devices
 
 
@@ -73,6 +76,30 @@ def test_abstract_tpu_devices_are_the_chips_of_the_name(name, monkeypatch):
     assert len(devices) == topology.chips
     assert {chip_of(device.device_kind) for device in devices} == {topology.chip}
     assert len({getattr(device, "slice_index", 0) for device in devices}) == topology.slices
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [("v4:8x8x8", (8, 64, 1, 1)), ("v4:8x8x8", (4, 128, 1, 1)), ("v4:8x8x8", (8, 32, 2, 1)), ("v5e:4x4", (2, 2, 2, 2))],
+)
+def test_a_mesh_axis_may_take_a_part_of_an_axis_of_the_slice(name, sizes, monkeypatch):
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    devices = topology_devices(parse_topology(name))
+    mesh = create_mesh(MeshConfig(*sizes), devices)
+    assert mesh.devices.shape == sizes and set(mesh.devices.flat) == set(devices)
+
+
+@needs_libtpu
+def test_only_the_data_axis_crosses_slices(monkeypatch):
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    devices = topology_devices(parse_topology("2xv5e:2x2"))
+    mesh = create_mesh(MeshConfig(data=4, fsdp=2), devices)
+    slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    assert mesh.devices.shape == (4, 2, 1, 1)
+    assert slices[:2].max() == 0 and slices[2:].min() == 1
+    with pytest.raises(UserError, match="data must be a multiple of the 2 slices"):
+        create_mesh(MeshConfig(data=1, fsdp=8), devices)
 
 
 @needs_libtpu

@@ -106,6 +106,7 @@ def test_the_peer_gets_our_shapes_and_heads():
     job = retro_pytorch.job(config, compiled=True)
     assert (job["width"], job["num_layers"], job["heads"], job["head_size"], job["ffw_factor"]) == (896, 12, 16, 64, 4)
     assert (job["encoder_width"], job["encoder_layers"], job["encoder_heads"]) == (896, 2, 16)
+    assert job["encoder_ca_layers"] == [1]
     assert (job["vocab_size"], job["length"], job["batch_size"], job["k"]) == (32_000, 1024, 1, 2)
     assert job["cca_layers"] == [6, 9, 12] and job["neighbour_length"] == 128 and job["compile"]
 
@@ -239,7 +240,7 @@ def test_the_peer_runs_with_the_heads_that_were_asked_for():
     for dtype in ("float32", "bfloat16"):
         job = {**retro_pytorch.job(config, compiled=False), "dtype": dtype, "steps": 1, "warmup": 1, "cores": 0}
         result = children.run(python, retro_pytorch.MODULE, job, retro_pytorch.ENVIRONMENT)
-        assert result["heads"] == [4] and result["parameters"] == 11_759_360
+        assert result["heads"] == [4] and result["parameters"] == 11_496_704
         assert result["step_seconds"][0] > 0 and result["cores"] == len(os.sched_getaffinity(0))
 
 

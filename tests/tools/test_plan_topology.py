@@ -59,11 +59,11 @@ def test_a_step_that_does_not_fit_exits_with_1_and_the_change_that_does(recipe, 
         recipe, "--topology=cpu:8", LENGTH, *mesh, f"--hbm_gib={1.2 * peak}", f"--output={output}", status=1
     )
     (line,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
-    assert line.endswith("it fits with --config.mesh.data=1 --config.mesh.fsdp=8")
+    assert line.endswith("it fits with --config.mesh.data=4 --config.mesh.fsdp=2")
     assert "DOES NOT FIT" in stdout and ": fits" in stdout
     result = json.loads(output.read_text())
     assert not result["fits"]
-    assert result["remedy"]["flags"] == ["--config.mesh.data=1", "--config.mesh.fsdp=8"]
+    assert result["remedy"]["flags"] == ["--config.mesh.data=4", "--config.mesh.fsdp=2"]
     assert result["remedy"]["plan"]["fits"]
 
 

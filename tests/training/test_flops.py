@@ -76,7 +76,11 @@ def lowered_step(config):
     return step.lower(plan_state(plan, optimizer, mesh), batch)
 
 
-@pytest.mark.parametrize("changes", [{}, {"positions": "rope"}, {"cca_layers": ()}], ids=["retro", "rope", "baseline"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"positions": "rope"}, {"cca_layers": ()}, {"cross_positions": False}, {"neighbour_part": "neighbour"}],
+    ids=["retro", "rope", "baseline", "no positions in cross-attention", "neighbours without continuations"],
+)
 def test_the_forward_pass_agrees_with_xla_within_three_per_cent(changes):
     model, length = dataclasses.replace(MODEL, **changes), 96  # one block of queries: no product is left out
     expected = compiled_forward(model, length).cost_analysis()["flops"]
@@ -100,6 +104,16 @@ def test_executed_flops_are_those_of_the_compiled_loops():
     config = train_config(160, cca_layers=(), num_layers=3, scan_layers=True, vocab_block=500, microbatches=3)
     counted = matrix_flops(parse(lowered_step(config).compile(compiler_options=QUICK).as_text()))
     assert hardware_flops(config) == pytest.approx(counted, rel=0.01)
+
+
+def test_a_split_sequence_multiplies_all_pairs():
+    config = train_config(256)
+    split = dataclasses.replace(config, mesh=MeshConfig(context=2))
+    pairs = 2 * BATCH * 256 * 256 * MODEL.num_heads * MODEL.head_size  # of one product
+    # Three products a layer, forward once and backward twice; position has one distance more than there are keys.
+    expected = MODEL.num_layers * 3 * (3 * pairs * 3 / 8)
+    assert hardware_flops(split) - hardware_flops(config) == pytest.approx(expected, rel=0.01)
+    assert step_flops(split) == step_flops(config)
 
 
 def test_causality_halves_the_products_of_decoder_self_attention_and_nothing_else():

@@ -49,6 +49,14 @@ def test_a_uniform_model_costs_the_logarithm_of_the_vocabulary():
     np.testing.assert_allclose(nats, np.log(10.0), rtol=1e-6)
 
 
+@pytest.mark.parametrize("block", [0, 4])
+def test_a_label_beyond_the_vocabulary_is_not_a_number(block):
+    hidden, kernel, labels = arrays(13)
+    labels[0, 1], labels[1, 3] = 13, -1
+    nats = np.asarray(token_nats(hidden, kernel, labels, block=block))
+    assert np.isnan(nats).sum() == 2 and np.isnan(nats[0, 1]) and np.isnan(nats[1, 3])
+
+
 def test_labels_without_loss_weigh_nothing():
     weights = label_weights(jnp.asarray([[0, 1, 2, 3]]), unscored=(0, 1))
     np.testing.assert_array_equal(weights, [[0, 0, 1, 1]])

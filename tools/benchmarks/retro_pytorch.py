@@ -103,6 +103,7 @@ def job(config: TrainConfig, *, compiled: bool) -> dict[str, Any]:
         "cca_layers": list(model.cca_layers),
         "encoder_width": model.encoder_width,
         "encoder_layers": model.encoder_layers,
+        "encoder_ca_layers": list(model.encoder_ca_layers),
         "encoder_heads": model.encoder_num_heads,
         "encoder_ffw_factor": model.encoder_ffw_width / model.encoder_width,
     }

@@ -70,6 +70,7 @@ def _model(job: dict[str, Any]) -> Any:
         max_seq_len=job["length"],
         enc_dim=job["encoder_width"],
         enc_depth=job["encoder_layers"],
+        enc_cross_attn_layers=tuple(job["encoder_ca_layers"]),
         dec_dim=job["width"],
         dec_depth=job["num_layers"],
         dec_cross_attn_layers=tuple(job["cca_layers"]),

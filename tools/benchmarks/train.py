@@ -8,7 +8,7 @@ from benchmarks import children, retro_pytorch
 from retro_jax.config import MeshConfig, RetroConfig, TrainConfig, to_dict
 from retro_jax.data.stage import fingerprint
 from retro_jax.errors import UserError
-from retro_jax.training.flops import hardware_flops, step_flops
+from retro_jax.training.flops import hardware_flops, processed_tokens, step_flops
 
 PEERS = ("retro-pytorch",)
 SHAPES: dict[str, dict[str, Any]] = {
@@ -131,7 +131,7 @@ def _ours(config: TrainConfig, plan: Plan, environment: dict[str, str] | None = 
 
 def _line(config: TrainConfig, rounds: list[dict[str, Any]]) -> dict[str, Any]:
     model, first = config.model, rounds[0]
-    figures = children.summary(rounds, *_tokens(config))
+    figures = children.summary(rounds, config.batch_size * config.data.length, processed_tokens(config))
     median, peak = figures["step_seconds_median"], first["peak_flops"]
     work = {"mfu": step_flops(config), "mfu_all_pairs": step_flops(config, causal=False), "hfu": hardware_flops(config)}
     return {
@@ -161,7 +161,7 @@ def _line(config: TrainConfig, rounds: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _peer_line(config: TrainConfig, way: str, rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    figures = children.summary(rounds, *_tokens(config))
+    figures = children.summary(rounds, config.batch_size * config.data.length, processed_tokens(config))
     return {
         "benchmark": "peer",
         "peer": PEERS[0],
@@ -182,14 +182,6 @@ def _peer_line(config: TrainConfig, way: str, rounds: list[dict[str, Any]]) -> d
 def _beyond(seconds: list[float], usual: float) -> float:
     """What steps took longer than usual: torch compiles in the first ones, more than once."""
     return sum(max(0.0, each - usual) for each in seconds)
-
-
-def _tokens(config: TrainConfig) -> tuple[int, int]:
-    """Targets of a step, and with the neighbours' tokens."""
-    tokens, model = config.batch_size * config.data.length, config.model
-    chunks = config.batch_size * (config.data.length // model.chunk_length)
-    read = 0 if model.is_baseline else chunks * config.data.neighbours * model.neighbour_length
-    return tokens, tokens + read
 
 
 def model_of(preset: str, vocab_size: int, **changes: Any) -> RetroConfig:
