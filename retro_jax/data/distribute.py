@@ -106,6 +106,8 @@ def distribute(stage: Stage, units: Sequence[Unit], work: Work, options: BeamOpt
     for entry in pending:
         for name in entry.shards:
             stage.drop(name)
+    if not pending:
+        return
     total = sum(entry.size for entry in units)
     initial = total - sum(entry.size for entry in pending)
     with Progress(label, total=total, unit=unit, initial=initial) as progress, _run_of(stage) as run:
@@ -202,7 +204,7 @@ def _run_here(messages: list[str], run: str, progress: Progress) -> None:
     try:
         if len(messages) == 1:
             work_off(messages[0])
-        elif messages:
+        else:
             with quiet_beam():
                 from apache_beam.options.pipeline_options import PipelineOptions
                 from apache_beam.runners.portability.fn_api_runner import FnApiRunner

@@ -116,11 +116,11 @@ def find_duplicates(
 def write_shingles(writer: ShardWriter, arguments: dict[str, Any]) -> None:
     """Unit of work: the shingles, their numbers, the LSH keys and the names of one evaluation file's documents."""
     members_shard, sizes_shard, keys_shard, names_shard = arguments["shards"]
-    with (
-        writer.shard(members_shard) as (members_path, counts),
-        writer.shard(sizes_shard) as (sizes_path, _),
-        writer.shard(keys_shard) as (keys_path, _),
+    with (  # left in the other order: members are finished first
         writer.shard(names_shard) as (names_path, _),
+        writer.shard(keys_shard) as (keys_path, _),
+        writer.shard(sizes_shard) as (sizes_path, _),
+        writer.shard(members_shard) as (members_path, counts),
     ):
         with (
             ArrayWriter(members_path, np.dtype("<u8")) as members,

@@ -17,6 +17,7 @@ from sample_data import SAMPLE, write_jsonl
 
 from retro_jax.data.text import read_documents
 
+LAST_OF_A_UNIT = ("chunks-", "digests-", "evaluation-names-", "removed-", "sequences-")
 PROGRAM = Path(__file__).with_name("build_all.py")
 
 
@@ -45,9 +46,9 @@ def contents(directory):
 
 
 def finished(directory):
-    """Shards that a run need not write again, with the time they were written."""
+    """Last shards of finished units, and finished stages: what need not be written again, with the time it was."""
     sides = [path.with_name(path.name.removesuffix(".done.json")) for path in directory.rglob("*.done.json")]
-    shards = [path for path in sides if path.exists()]
+    shards = [path for path in sides if path.name.startswith(LAST_OF_A_UNIT) and path.exists()]
     for manifest in directory.rglob("manifest.json"):
         shards += [path for path in manifest.parent.iterdir() if path.is_file()]
     return {path: path.stat().st_mtime_ns for path in shards}
