@@ -15,8 +15,8 @@ The rules, in one place (n: vectors of a shard, d: their components):
 | rescored in | bfloat16 with the inner product (half the memory), float32 with L2 |
 
 Measured on 94,000 chunks of text, 384 components of length 1, one core of a machine that others used too, recall@2 of
-0.951 to 0.954: 17,000 queries a second at best in one leaf, float32 and sqrt(n) leaves; in two leaves and bfloat16 18,000
-with 1.3 sqrt(n) leaves and 21,000 with 2 sqrt(n). tools/tune_index.py measures it for a database and a machine.
+0.951 to 0.954: 17,000 queries a second at best in one leaf, float32 and sqrt(n) leaves; in two leaves and bfloat16
+18,000 with 1.3 sqrt(n) leaves and 21,000 with 2 sqrt(n). tools/tune_index.py measures it for a database and a machine.
 """
 
 import dataclasses
