@@ -36,7 +36,7 @@ setup(
     packages=find_packages(include=["retro_jax", "retro_jax.*"]),
     package_data={"retro_jax.evaluation": ["report.html"]},
     install_requires=[
-        "jax>=0.10.2",
+        "jax~=0.10.2",  # several processes use parts of JAX that it does not promise to keep
         "flax~=0.12.8",
         "optax~=0.2.8",
         "orbax-checkpoint~=0.12.8",
@@ -55,8 +55,8 @@ setup(
     extras_require={
         "data": DATA,
         "serve": SERVE,
-        "tpu": ["jax[tpu]>=0.10.2"],
-        "cuda13": ["jax[cuda13]>=0.10.2"],
+        "tpu": ["jax[tpu]~=0.10.2"],
+        "cuda13": ["jax[cuda13]~=0.10.2"],
         "interop": ["huggingface-hub>=0.25", "tokenizers>=0.20"],
         "dev": DEV,
     },
