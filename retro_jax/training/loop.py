@@ -180,7 +180,7 @@ def train(
             profiler.after(step, metrics)
             progress.note(f"loss {log.last_loss:.4f}, {log.tokens_per_second:,.0f} tokens/s")
             progress.update(1)
-            stopping = hosts.should_stop(step, termination.raised)
+            stopping = hosts.should_stop(termination.raised)
             loss = None if stopping else validate(step, state.params)
             if (
                 stopping

@@ -1,6 +1,7 @@
 """The loop in this process: never waits for the device, skips what went wrong, goes back when told, keeps the best."""
 
 import dataclasses
+import itertools
 import shutil
 
 import jax
@@ -236,12 +237,13 @@ def test_validation_comes_once_a_step_and_the_best_checkpoint_is_kept(monkeypatc
     best = min(lines(tmp_path / "whole"), key=lambda line: line["validation_loss"])["step"]
     assert checkpoints(tmp_path / "whole") == sorted({best, STEPS})
 
-    monkeypatch.setattr(loop.hosts, "should_stop", lambda step, requested: step == 6)  # as SIGTERM does
+    asked = itertools.count(1)
+    monkeypatch.setattr(loop.hosts, "should_stop", lambda requested: next(asked) == 6)  # as SIGTERM does
     result = train(validating, tmp_path / "stopped")
     assert result.terminated and result.step == 6
     assert [line["step"] for line in lines(tmp_path / "stopped")] == [3]  # a stop does not wait for a validation
 
-    def killed(step, requested):
+    def killed(requested):
         raise RuntimeError("killed")
 
     monkeypatch.setattr(loop.hosts, "should_stop", killed)  # behind the validation of step 6, before the next save
