@@ -283,8 +283,8 @@ def test_validation_comes_once_a_step_and_the_best_checkpoint_is_kept(monkeypatc
     best = min(lines(tmp_path / "whole"), key=lambda line: line["validation_loss"])["step"]
     assert checkpoints(tmp_path / "whole") == sorted({best, STEPS})
 
-    asked = itertools.count(1)
-    monkeypatch.setattr(loop.hosts, "should_stop", lambda requested: next(asked) == 6)  # as SIGTERM does
+    asked = itertools.count(1)  # after every step, and once within the validation of step 3
+    monkeypatch.setattr(loop.hosts, "should_stop", lambda requested: next(asked) == 7)  # as SIGTERM does
     result = train(validating, tmp_path / "stopped")
     assert result.terminated and result.step == 6
     assert [line["step"] for line in lines(tmp_path / "stopped")] == [3]  # a stop does not wait for a validation
