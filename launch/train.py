@@ -10,6 +10,7 @@ next start in --compilation_cache, else in $JAX_COMPILATION_CACHE_DIR, else in ~
 
 import os
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -39,6 +40,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main() -> None:
+    began = time.time()
     profile = _profile()
     config = from_config_dict(TrainConfig, _recipe())
     _use_compilation_cache()
@@ -49,6 +51,7 @@ def main() -> None:
         resume_from=_RESUME_FROM.value,
         profile=profile,
         profile_all=_PROFILE_ALL.value,
+        began=began,
     )
     if not hosts.is_primary():
         sys.exit(143 if result.terminated else 0)
