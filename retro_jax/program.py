@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import NoReturn
 
+import ml_collections
 from absl import app, flags, logging
 
 from retro_jax.errors import TemporaryError, UserError
@@ -78,6 +79,19 @@ def _parse_flags(arguments: Sequence[str]) -> list[str]:
         return flags.FLAGS(arguments)
     except (flags.Error, UserError, AttributeError, KeyError, TypeError, ValueError) as error:
         _fail(" ".join(str(error).split()))
+
+
+def loaded(recipe: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The value of a config-file flag. A recipe that failed to load says so only when it is used: here.
+
+    Raises:
+      UserError: it cannot be loaded.
+    """
+    try:
+        recipe.to_dict()
+    except (OSError, SyntaxError, AttributeError) as error:
+        raise UserError(f"--config cannot be loaded: {' '.join(str(error).split())}") from None
+    return recipe
 
 
 def define_cluster_flags() -> None:
