@@ -1,6 +1,7 @@
 """Continues a prompt, retrieving at each chunk boundary, and shows the neighbours that were used.
 
 python launch/sample.py --workdir=runs/retro --database=database --embedder=minilm --prompt="The capital of"
+python launch/sample.py --workdir=runs/retro --service=127.0.0.1:50051 --prompt="The capital of"
 python launch/sample.py --workdir=runs/retro --prompt="The capital of"          # RETRO[OFF], no retrieval
 """
 
@@ -22,6 +23,9 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Trained run.")
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue.")
 _DATABASE = flags.DEFINE_string("database", None, "Retrieval database; without one the model runs OFF.")
 _EMBEDDER = flags.DEFINE_string("embedder", None, "Directory (or hub id) of the database's embedder.")
+_SERVICE = flags.DEFINE_string("service", None, "HOST:PORT of a retrieval service, in place of database and embedder.")
+_SERVICE_CA = flags.DEFINE_string("service_ca", None, "PEM file of the authorities that vouch for the service.")
+_SERVICE_TOKEN = flags.DEFINE_string("service_token_file", None, "File with the bearer token of the service.")
 _K = flags.DEFINE_integer("k", None, "Neighbours for each chunk; as in training by default.", lower_bound=1)
 _TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Tokens to generate at most.", lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Temperature of the draw; 0 is greedy.")
@@ -41,7 +45,7 @@ def main() -> None:
     except UnicodeEncodeError:
         raise UserError("--prompt is not valid UTF-8") from None
     run = load_trained(_WORKDIR.value, step=_STEP.value)
-    database = _open_database(run)
+    database = _open_service(run) if _SERVICE.value else _open_database(run)
     sampler = Sampler(
         run.config.model,
         run.plan,
@@ -88,6 +92,21 @@ def main() -> None:
         )
 
 
+def _open_service(run):
+    if _DATABASE.value or _EMBEDDER.value:
+        raise UserError("--service goes without --database and --embedder: the service has them")
+    from retro_jax.retrieval.service.client import RetrievalClient
+    from retro_jax.retrieval.service.security import ClientSecurity, read_tokens
+
+    ca = Path(_SERVICE_CA.value) if _SERVICE_CA.value else None
+    token = read_tokens(_SERVICE_TOKEN.value)[0] if _SERVICE_TOKEN.value else None
+    client = RetrievalClient(_SERVICE.value, security=ClientSecurity(ca, token=token))
+    if not client.description.embeds:
+        raise UserError(f"{_SERVICE.value} cannot embed what was generated: start it with --embedder")
+    run.check_tokenizer(client.description.tokenizer, _SERVICE.value)
+    return client
+
+
 def _open_database(run):
     if not _DATABASE.value:
         if _EMBEDDER.value:
@@ -106,14 +125,13 @@ def _open_database(run):
 
 
 def _describe(chunk: RetrievedChunk, database, tokenizer) -> list[dict]:
-    corpus = database.corpus
     entries = []
-    for rank, (chunk_id, distance, tokens) in enumerate(
-        zip(chunk.ids, chunk.distances, chunk.tokens, strict=True), start=1
+    documents = _documents(database, chunk.ids)
+    for rank, (chunk_id, distance, tokens, (document, title)) in enumerate(
+        zip(chunk.ids, chunk.distances, chunk.tokens, documents, strict=True), start=1
     ):
         if chunk_id < 0:
             continue
-        document = corpus.document(int(corpus.document_index(chunk_id)))
         half = len(tokens) // 2
         entries.append(
             {
@@ -121,13 +139,22 @@ def _describe(chunk: RetrievedChunk, database, tokenizer) -> list[dict]:
                 "rank": rank,
                 "id": int(chunk_id),
                 "distance": float(distance),
-                "document": document.id,
-                "title": document.metadata.get("title", ""),
+                "document": document,
+                "title": title,
                 "neighbour": tokenizer.decode(tokens[:half]),
                 "continuation": tokenizer.decode(tokens[half:]),
             }
         )
     return entries
+
+
+def _documents(database, ids) -> list[tuple[str, str]]:
+    """(id, title) of the document of each chunk."""
+    if _SERVICE.value:
+        return database.documents(ids)
+    corpus = database.corpus
+    records = [corpus.document(int(corpus.document_index(chunk))) if chunk >= 0 else None for chunk in ids]
+    return [("", "") if record is None else (record.id, record.metadata.get("title", "")) for record in records]
 
 
 if __name__ == "__main__":

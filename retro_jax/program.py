@@ -3,17 +3,21 @@
 import contextlib
 import errno
 import os
+import shlex
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import ml_collections
 from absl import app, flags, logging
 
 from retro_jax.errors import TemporaryError, UserError
+
+if TYPE_CHECKING:
+    from retro_jax.data.distribute import BeamOptions
 
 
 def run(main: Callable[..., None], *, positional: bool = False) -> None:
@@ -120,6 +124,22 @@ def start_cluster() -> None:
     )
     if hosts.is_one_of_several() and not hosts.is_primary():
         progress.silence()
+
+
+def define_beam_flags() -> None:
+    """Defines the flags that say where the units of a stage are worked off; read by `beam_options`."""
+    flags.DEFINE_string("runner", "local", "local, or a Beam runner: PortableRunner, FlinkRunner, SparkRunner, ...")
+    flags.DEFINE_integer("workers", 1, "processes of the local runner", lower_bound=1)
+    flags.DEFINE_multi_string("beam_options", [], "options for Beam, as --beam_options=--job_endpoint=HOST:PORT")
+
+
+def beam_options() -> "BeamOptions":
+    """What the flags of `define_beam_flags` say."""
+    from retro_jax.data.distribute import BeamOptions
+
+    values = flags.FLAGS
+    options = tuple(part for text in values.beam_options for part in shlex.split(text))
+    return BeamOptions(values.runner, values.workers, options)
 
 
 def _cluster() -> ModuleType | None:

@@ -3,34 +3,60 @@
     python tools/find_neighbours.py --corpus=DB/corpus --database=DB --output=train/neighbours
     python tools/find_neighbours.py --corpus=valid/corpus --embeddings=valid/embeddings --database=DB \
         --output=valid/neighbours --filter=none
+    python tools/find_neighbours.py --corpus=DB/corpus --embeddings=DB/embeddings --service=front:50051 \
+        --output=train/neighbours --workers=4
 
-Hits of the chunk's own document are dropped for training (--filter=document), kept for evaluation (--filter=none).
+Hits of the chunk's own document are dropped for training (--filter=document), kept for evaluation (--filter=none). With
+--service the retrieval service is asked, and no index is loaded here; the answers are the same.
 """
 
 from absl import flags
 
 from retro_jax.data.corpus import Corpus
-from retro_jax.program import run
+from retro_jax.errors import UserError
+from retro_jax.program import beam_options, define_beam_flags, run
 from retro_jax.retrieval.embedder import EmbeddingSet
-from retro_jax.retrieval.neighbours import FILTERS, find_neighbours
+from retro_jax.retrieval.neighbours import FILTERS, Service, find_neighbours
 
 _CORPUS = flags.DEFINE_string("corpus", None, "corpus directory of the queries", required=True)
 _EMBEDDINGS = flags.DEFINE_string("embeddings", None, "its embeddings; default: the database's own")
-_DATABASE = flags.DEFINE_string("database", None, "directory with corpus/, embeddings/ and index/", required=True)
+_DATABASE = flags.DEFINE_string("database", None, "directory with corpus/, embeddings/ and index/")
+_SERVICE = flags.DEFINE_string("service", None, "HOST:PORT of a retrieval service to ask instead; several with commas")
+_SERVICE_CA = flags.DEFINE_string("service_ca", None, "PEM file of the authorities that vouch for the service")
+_SERVICE_CERTIFICATE = flags.DEFINE_string("service_certificate", None, "PEM file to show to the service")
+_SERVICE_KEY = flags.DEFINE_string("service_key", None, "PEM file of its private key")
+_SERVICE_TOKEN = flags.DEFINE_string("service_token_file", None, "file with the bearer token of the service")
 _OUTPUT = flags.DEFINE_string("output", None, "neighbours directory to write", required=True)
 _K = flags.DEFINE_integer("k", 16, "neighbours kept of each chunk; keep more than training uses")
 _FILTER = flags.DEFINE_enum("filter", "document", FILTERS, "hits to drop")
+_DEDUPLICATE = flags.DEFINE_bool("deduplicate", False, "drop neighbours whose text is that of a nearer one")
+define_beam_flags()
 
 
 def main() -> None:
-    embeddings = None if _EMBEDDINGS.value is None else EmbeddingSet(_EMBEDDINGS.value)
+    if _DATABASE.value is None and (_SERVICE.value is None or _EMBEDDINGS.value is None):
+        raise UserError("give --database, or --service with --embeddings")
+    service = None
+    if _SERVICE.value is not None:
+        service = Service(
+            _SERVICE.value, _SERVICE_CA.value, _SERVICE_CERTIFICATE.value, _SERVICE_KEY.value, _SERVICE_TOKEN.value
+        )
     manifest = find_neighbours(
-        Corpus(_CORPUS.value), _DATABASE.value, _OUTPUT.value, k=_K.value, filter=_FILTER.value, embeddings=embeddings
+        Corpus(_CORPUS.value),
+        _DATABASE.value,
+        _OUTPUT.value,
+        k=_K.value,
+        filter=_FILTER.value,
+        deduplicate=_DEDUPLICATE.value,
+        embeddings=None if _EMBEDDINGS.value is None else EmbeddingSet(_EMBEDDINGS.value),
+        service=service,
+        options=beam_options(),
     )
     counts = manifest.counts
+    repeated = f", {counts['duplicates']:,} hits of the same text dropped" if _DEDUPLICATE.value else ""
     print(
         f"{_OUTPUT.value}: {counts['chunks']:,} chunks, {_K.value} neighbours each; {counts['fewer_than_k']:,} have "
-        f"fewer, {counts['empty']:,} have no vector, {counts['dropped']:,} hits of the same document dropped"
+        f"fewer, {counts['empty']:,} have no vector{repeated}"
     )
 
 

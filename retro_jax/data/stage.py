@@ -5,7 +5,9 @@ finished shards, each beside a `<shard>.done.json` with its size, checksum and c
 temporary name, flushed to disk and renamed. When all are there, `manifest.json` is written by atomic rename and the
 side files are removed. No manifest: no data set. A stage started again on its own directory goes on after the last
 finished shard; started with other settings or inputs it refuses and names the difference. An unfinished directory is
-locked by the process that writes it: a second one is refused.
+locked by the process that writes it: a second one is refused. Shards may come from other processes and machines
+(`retro_jax.data.distribute`): they write through a `ShardWriter`, and the process with the lock finds what they
+finished on disk.
 """
 
 import contextlib
@@ -13,7 +15,8 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import secrets
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +90,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
     try:
         yield temporary
         with open(temporary, "rb") as file:
@@ -146,6 +149,69 @@ def verify_checksums(directory: str | os.PathLike, manifest: Manifest) -> None:
     for shard in manifest.shards:
         if file_sha256(Path(directory) / shard.name) != shard.sha256:
             raise UserError(f"{Path(directory) / shard.name}: checksum differs from the manifest; rebuild {directory}")
+
+
+class ShardWriter:
+    """Writes shards into the directory of a stage that this or another process has open.
+
+    Attributes:
+      directory: of the stage.
+      advanced: sum of what `advance` was told.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        *,
+        run: str | None = None,
+        advance: Callable[[int], None] = lambda amount: None,
+    ) -> None:
+        """A writer for the process that holds the lock, or for one that works on its behalf.
+
+        Args:
+          directory: of the stage.
+          run: name of the file in it that is there as long as the run this writer belongs to; a shard that ends after
+            its run is not committed, as another run may have begun to write it. None: the caller holds the lock.
+          advance: is told of work done.
+        """
+        self.directory = Path(directory)
+        self._run = None if run is None else self.directory / run
+        self._advance = advance
+        self.advanced = 0
+
+    @contextlib.contextmanager
+    def shard(self, name: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """Yields (temporary path to write, dict to fill with counts); commits the shard on success.
+
+        Raises:
+          UserError: the run that this writer belongs to is over.
+        """
+        counts: dict[str, Any] = {}
+        with atomic_write(self.directory / name) as temporary:
+            yield temporary, counts
+            digest = file_sha256(temporary)
+            size = temporary.stat().st_size
+            if self._run is not None and not self._run.exists():
+                raise UserError(f"{self.directory}: the run that this process worked for is over")
+        try:
+            write_json(self.directory / (name + _DONE), dataclasses.asdict(Shard(name, size, digest, counts)))
+        except OSError:
+            (self.directory / name).unlink(missing_ok=True)  # without its side file nobody would know it is finished
+            raise
+
+    def advance(self, amount: int) -> None:
+        """Tells the progress bar, where it is in this process, of work done."""
+        self.advanced += amount
+        self._advance(amount)
+
+
+def is_finished(directory: str | os.PathLike, name: str) -> bool:
+    """Whether a shard of an unfinished stage was committed, looked up on disk."""
+    return (Path(directory) / (name + _DONE)).is_file()
+
+
+def _read_side_file(path: Path) -> Shard:
+    return Shard(**json.loads(path.read_text(encoding="utf-8")))
 
 
 class Stage:
@@ -212,10 +278,14 @@ class Stage:
                 }
             )
             self._remove_side_files()  # of a stage killed between its manifest and their removal
+            if (self.directory / LOCK).exists():
+                with contextlib.suppress(UserError, OSError):  # its holder may be living, and about to remove it
+                    DirectoryLock(self.directory, "").release()
             self.manifest = manifest
         elif (self.directory / PLAN).is_file():
             self._refuse_difference(json.loads((self.directory / PLAN).read_text(encoding="utf-8")))
-            self._load_finished_shards()
+            self._remove_leftovers()
+            self.reload()
         elif self._holds_something_else():
             raise UserError(f"{self.directory} is not empty and holds no {self.name} stage; give another directory")
         else:
@@ -245,18 +315,28 @@ class Stage:
     @contextlib.contextmanager
     def shard(self, name: str) -> Iterator[tuple[Path, dict[str, Any]]]:
         """Yields (temporary path to write, dict to fill with counts); commits the shard on success."""
-        counts: dict[str, Any] = {}
-        with atomic_write(self.directory / name) as temporary:
-            yield temporary, counts
-            digest = file_sha256(temporary)
-            size = temporary.stat().st_size
-        shard = Shard(name, size, digest, counts)
-        try:
-            write_json(self.directory / (name + _DONE), dataclasses.asdict(shard))
-        except OSError:
-            (self.directory / name).unlink(missing_ok=True)  # without its side file nobody would know it is finished
-            raise
-        self._shards[name] = shard
+        with ShardWriter(self.directory).shard(name) as (path, counts):
+            yield path, counts
+        self._shards[name] = _read_side_file(self.directory / (name + _DONE))
+
+    def reload(self) -> None:
+        """Takes in the shards that other processes have finished in this directory."""
+        for path in sorted(self.directory.rglob(f"*{_DONE}")):
+            shard = _read_side_file(path)
+            file = self.directory / shard.name
+            if file.is_file() and file.stat().st_size == shard.size:
+                self._shards[shard.name] = shard
+
+    def drop(self, name: str) -> None:
+        """Takes back a shard of an unfinished stage, when it is there."""
+        self._shards.pop(name, None)
+        (self.directory / (name + _DONE)).unlink(missing_ok=True)
+        (self.directory / name).unlink(missing_ok=True)
+
+    def keep(self, names: Sequence[str]) -> None:
+        """Takes back every shard that is not among the names: what was needed only to make these."""
+        for name in sorted(self._shards.keys() - set(names)):
+            self.drop(name)
 
     def finish(self, counts: dict[str, Any]) -> Manifest:
         """Writes the manifest (shards in order of name) and removes the side files."""
@@ -269,10 +349,8 @@ class Stage:
 
     def discard(self) -> None:
         """Takes back everything an unfinished stage wrote, and its directory when nothing else is in it."""
-        for shard in self._shards.values():
-            (self.directory / shard.name).unlink(missing_ok=True)
-            (self.directory / (shard.name + _DONE)).unlink(missing_ok=True)
-        self._shards = {}
+        for name in list(self._shards):
+            self.drop(name)
         (self.directory / PLAN).unlink(missing_ok=True)
         self._release()
         with contextlib.suppress(OSError):
@@ -300,14 +378,6 @@ class Stage:
     def _remove_leftovers(self) -> None:
         for leftover in self.directory.rglob(f"{TEMPORARY}*"):
             leftover.unlink()
-
-    def _load_finished_shards(self) -> None:
-        self._remove_leftovers()
-        for path in sorted(self.directory.rglob(f"*{_DONE}")):
-            shard = Shard(**json.loads(path.read_text(encoding="utf-8")))
-            file = self.directory / shard.name
-            if file.is_file() and file.stat().st_size == shard.size:
-                self._shards[shard.name] = shard
 
 
 def _parse_manifest(value: dict[str, Any]) -> Manifest:

@@ -1,16 +1,17 @@
-"""Exact nearest neighbours under squared L2, in JAX: what approximate search is measured against."""
+"""Exact nearest neighbours under squared L2: what approximate search is measured against.
+
+In NumPy, since it runs in worker processes beside each other, which must not all take hold of the accelerator.
+"""
 
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from retro_jax.errors import UserError
 
 _DATABASE_ROWS = 8192  # vectors compared at once
-_QUERY_ROWS = 256
+_QUERY_ROWS = 512
 _SPARE = 16  # candidates kept beyond k before the distances are computed without cancellation
 
 
@@ -18,8 +19,7 @@ def exact_search(queries: np.ndarray, database: Any, k: int) -> tuple[np.ndarray
     """The k nearest database vectors of each query, by squared L2 distance.
 
     Candidates are found with |q|^2 - 2 q.x + |x|^2 and then measured as |q - x|^2, which does not cancel, so that the
-    distance of a vector to itself is exactly 0. Equal distances are ordered by id. Odd sizes compile nothing new:
-    blocks are padded.
+    distance of a vector to itself is exactly 0. Equal distances are ordered by id.
 
     Args:
       queries: [q, E] float32.
@@ -38,13 +38,9 @@ def exact_search(queries: np.ndarray, database: Any, k: int) -> tuple[np.ndarray
     if not np.isfinite(queries).all():
         raise UserError("a query vector is not finite")
     n, width = len(database), queries.shape[1]
-    if n > np.iinfo(np.int32).max - _DATABASE_ROWS:
-        raise ValueError(f"{n} vectors; exact_search numbers them in int32")
-    kept = -(-(k + _SPARE) // 16) * 16  # few different values, so few programs
-    starts = range(0, len(queries), _QUERY_ROWS)
-    blocks = [_padded(queries[start : start + _QUERY_ROWS], _QUERY_ROWS) for start in starts]
-    none = (jnp.full((_QUERY_ROWS, kept), jnp.inf, jnp.float32), jnp.full((_QUERY_ROWS, kept), -1, jnp.int32))
-    best = [none for _ in blocks]
+    blocks = [queries[first : first + _QUERY_ROWS] for first in range(0, len(queries), _QUERY_ROWS)]
+    kept = k + _SPARE
+    best = [(np.full((len(block), kept), np.inf, np.float32), np.full((len(block), kept), -1)) for block in blocks]
     for first in range(0, n, _DATABASE_ROWS):
         rows = np.asarray(database[first : first + _DATABASE_ROWS], np.float32)
         if rows.shape[1] != width:
@@ -52,14 +48,12 @@ def exact_search(queries: np.ndarray, database: Any, k: int) -> tuple[np.ndarray
         if not np.isfinite(rows).all():
             bad = first + int(np.flatnonzero(~np.isfinite(rows).all(1))[0])
             raise UserError(f"database vector {bad} is not finite")
-        padded = jnp.asarray(_padded(rows, _DATABASE_ROWS))
-        best = [_merge(*state, block, padded, first, len(rows)) for state, block in zip(best, blocks, strict=True)]
+        best = [_merge(*state, block, rows, first) for state, block in zip(best, blocks, strict=True)]
     ids = np.full((len(queries), k), -1, np.int64)
     distances = np.full((len(queries), k), np.inf, np.float32)
-    for start, block, (_, candidates) in zip(starts, blocks, best, strict=True):
-        candidates = np.asarray(candidates)
-        for i in range(min(_QUERY_ROWS, len(queries) - start)):
-            found = np.sort(candidates[i][candidates[i] >= 0]).astype(np.int64)
+    for start, block, (_, candidates) in zip(range(0, len(queries), _QUERY_ROWS), blocks, best, strict=True):
+        for i in range(len(block)):
+            found = np.sort(candidates[i][candidates[i] >= 0])
             exact = squared_distances(block[i], gather_rows(database, found))
             order = np.argsort(exact, kind="stable")[:k]
             ids[start + i, : len(order)] = found[order]
@@ -100,21 +94,22 @@ def recall(found: np.ndarray, exact_distances: np.ndarray, queries: np.ndarray, 
     return hits / possible if possible else 1.0
 
 
-@jax.jit
 def _merge(
-    distances: jax.Array, ids: jax.Array, queries: jax.Array, rows: jax.Array, first: jax.Array, count: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Puts a block of database rows into the running best [q, kept]; rows from `count` on are padding."""
-    products = jnp.matmul(queries, rows.T, precision=jax.lax.Precision.HIGHEST)
-    squares = jnp.square(rows).sum(1) - 2 * products + jnp.square(queries).sum(1, keepdims=True)
-    here = jnp.arange(rows.shape[0])
-    squares = jnp.where(here < count, squares, jnp.inf)
-    nearest, at = jax.lax.top_k(-squares, min(distances.shape[1], rows.shape[0]))
-    all_distances = jnp.concatenate([distances, -nearest], axis=1)
-    all_ids = jnp.concatenate([ids, jnp.where(at < count, first + at, -1)], axis=1)
-    kept, order = jax.lax.top_k(-all_distances, distances.shape[1])
-    return -kept, jnp.take_along_axis(all_ids, order, axis=1)
-
-
-def _padded(rows: np.ndarray, count: int) -> np.ndarray:
-    return np.concatenate([rows, np.zeros((count - len(rows), rows.shape[1]), np.float32)])
+    distances: np.ndarray, ids: np.ndarray, queries: np.ndarray, rows: np.ndarray, first: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Puts a block of database rows into the running best [q, kept], equally near ones in order of id."""
+    squares = np.square(rows).sum(1) - 2 * (queries @ rows.T)
+    squares += np.square(queries).sum(1, keepdims=True)
+    kept = distances.shape[1]
+    at = np.broadcast_to(np.arange(len(rows)), squares.shape)
+    if len(rows) > kept:
+        at = np.sort(np.argpartition(squares, kept - 1, axis=1)[:, :kept], axis=1)
+        nearest = np.take_along_axis(squares, at, 1)
+        # Of vectors equally near at the edge the partition takes any; the first are wanted.
+        edge = nearest.max(1, keepdims=True)
+        for row in np.flatnonzero((squares == edge).sum(1) > (nearest == edge).sum(1)):
+            at[row] = np.sort(np.argsort(squares[row], kind="stable")[:kept])
+    distances = np.concatenate([distances, np.take_along_axis(squares, at, 1)], axis=1)
+    ids = np.concatenate([ids, first + at], axis=1)
+    best = np.argsort(distances, axis=1, kind="stable")[:, :kept]
+    return np.take_along_axis(distances, best, 1), np.take_along_axis(ids, best, 1)

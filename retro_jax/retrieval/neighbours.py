@@ -4,18 +4,26 @@ More than the K of training are kept, so that sequence length, K and batch size 
 the chunk's own document are dropped here; whoever cuts sequences drops those of the sequence's other documents.
 """
 
+import dataclasses
+import functools
+import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from retro_jax.data.arrays import ArrayWriter
-from retro_jax.data.stage import Manifest, Stage, load_manifest, shard_name, verify_checksums
+from retro_jax.data.distribute import BeamOptions, Unit, distribute
+from retro_jax.data.stage import Manifest, ShardWriter, Stage, load_manifest, shard_name, verify_checksums
 from retro_jax.errors import UserError
-from retro_jax.progress import Progress
+
+if TYPE_CHECKING:
+    from retro_jax.data.corpus import Corpus
+    from retro_jax.retrieval.embedder import EmbeddingSet
 
 FILTERS = ("document", "none")
+# A tree's candidates depend on which queries are asked together: the same blocks, the same neighbours.
 _QUERIES_AT_ONCE = 1024
 
 
@@ -24,96 +32,264 @@ def neighbour_dtype(k: int) -> np.dtype:
     return np.dtype([("ids", "<i8", (k,)), ("distances", "<f4", (k,))])
 
 
+class Searcher(Protocol):
+    """What is searched: a `Database` in this process, or a service."""
+
+    fingerprint: str
+
+    def search(
+        self, vectors: np.ndarray, k: int, exclude_keys: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids int64 [n, K] (-1) and squared distances float32 [n, K] (+inf), nearest first."""
+
+    def neighbour_tokens(self, ids: np.ndarray) -> np.ndarray:
+        """int32 [..., 2M]: chunks [...] and their continuations."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Service:
+    """A retrieval service to search in, instead of a database in this process.
+
+    Attributes:
+      addresses: "host:port" of its fronts, with commas.
+      ca: PEM file of the authorities that vouch for them; None is plaintext.
+      certificate, key: PEM files shown to a server that asks for them.
+      token_file: a bearer token is the first line of it.
+      seconds: deadline of one call.
+    """
+
+    addresses: str
+    ca: str | None = None
+    certificate: str | None = None
+    key: str | None = None
+    token_file: str | None = None
+    seconds: float = 120.0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Searched:
+    """Fingerprints of what is searched, and its chunks' length."""
+
+    database: str
+    corpus: str
+    embedder: str
+    tokenizer_fingerprint: str
+    chunk_length: int
+
+
 def find_neighbours(
-    corpus: Any,
-    database_directory: str | os.PathLike,
+    corpus: "Corpus",
+    database_directory: str | os.PathLike | None,
     directory: str | os.PathLike,
     *,
     k: int = 16,
     filter: str = "document",
-    embeddings: Any = None,
+    deduplicate: bool = False,
+    embeddings: "EmbeddingSet | None" = None,
+    service: Service | None = None,
+    options: BeamOptions | None = None,
 ) -> Manifest:
     """The neighbours stage: the nearest database chunks of every chunk of a corpus; goes on after the last shard.
 
-    The manifest counts chunks, chunks without a vector (they have no neighbours), hits dropped because they are of the
-    chunk's own document, chunks with fewer than k neighbours, and `survivors`: how many chunks have 0, 1, ..., k.
+    The manifest counts chunks, chunks without a vector (they have no neighbours), chunks with fewer than k neighbours,
+    hits dropped because a nearer one has the same tokens, and `survivors`: how many chunks have 0, 1, ..., k.
 
     Args:
-      corpus: `Corpus` of the queries; may be the database's own.
-      database_directory: with corpus/, embeddings/ and index/ in it.
+      corpus: of the queries; may be the database's own.
+      database_directory: with corpus/, embeddings/ and index/ in it; None where a service is searched and `embeddings`
+        are given.
       directory: to write.
       k: neighbours kept of each chunk.
       filter: "document" drops hits whose document key is the chunk's; "none" keeps all (evaluation, spec section 2.4).
-      embeddings: `EmbeddingSet` of the query corpus; None takes the database's, when the corpus is the database's.
+      deduplicate: keep only the nearest of neighbours whose chunks have the same tokens.
+      embeddings: of the query corpus; None takes the database's, when the corpus is the database's.
+      service: is searched instead of the database's index in this process.
+      options: where the shards are worked off.
 
     Raises:
       UserError: embeddings of another corpus or embedder, a corpus of another tokenizer or chunk length, a damaged
-        database, settings out of range, or the directory belongs to something else.
+        database, a service that does not answer, settings out of range, or the directory belongs to something else.
     """
     # Here, so that reading a table needs neither ScaNN nor JAX.
-    from retro_jax.retrieval.database import Database, require_embedder, search_excluding
+    from retro_jax.retrieval.database import require_embedder
     from retro_jax.retrieval.embedder import EmbeddingSet
 
     if k < 1:
         raise UserError(f"k must be at least 1, is {k}")
     if filter not in FILTERS:
         raise UserError(f"filter {filter!r} is not one of {', '.join(FILTERS)}")
-    database = Database.open(database_directory)
+    place = None if database_directory is None else str(Path(database_directory).absolute())
+    asked = {"database": place, "service": service and dataclasses.asdict(service)}
+    _searcher.cache_clear()  # the directory may hold another database than at an earlier call
+    searched = _searched(asked)
     if embeddings is None:
-        if corpus.fingerprint != database.corpus.fingerprint:
+        if corpus.fingerprint != searched.corpus or database_directory is None:
             raise UserError(f"{corpus.directory} is not the database's corpus: embed it too and give its embeddings")
         embeddings = EmbeddingSet(Path(database_directory) / "embeddings")
     if embeddings.corpus_fingerprint != corpus.fingerprint:
         raise UserError(f"{embeddings.directory} was not made from {corpus.directory}; embed this corpus")
-    require_embedder(
-        embeddings.embedder_fingerprint, database.index.embedder_fingerprint, f"the embedder of {embeddings.directory}"
-    )
+    require_embedder(embeddings.embedder_fingerprint, searched.embedder, f"the embedder of {embeddings.directory}")
     for name in ("tokenizer_fingerprint", "chunk_length"):
-        ours, theirs = getattr(corpus, name), getattr(database.corpus, name)
+        ours, theirs = getattr(corpus, name), getattr(searched, name)
         if ours != theirs:
             raise UserError(
                 f"{corpus.directory} has {name} {ours}, the database has {theirs}; build both with the same tokenizer "
                 "and chunk length"
             )
+    settings = {"k": k, "filter": filter, "deduplicate": deduplicate}
     inputs = {
         "corpus": corpus.fingerprint,
         "embeddings": embeddings.fingerprint,
-        "database": database.fingerprint,
-        "database_corpus": database.corpus.fingerprint,
+        "database": searched.database,
+        "database_corpus": searched.corpus,
     }
-    with Stage(directory, "neighbours", settings={"k": k, "filter": filter}, inputs=inputs) as stage:
+    with Stage(directory, "neighbours", settings=settings, inputs=inputs) as stage:
         if stage.complete:
             return stage.manifest
-        offsets = np.asarray(corpus.shard_offsets)
+        common = {
+            **settings,
+            **asked,
+            "fingerprint": searched.database,
+            "corpus": str(corpus.directory.absolute()),
+            "embeddings": str(embeddings.directory.absolute()),
+        }
+        offsets = np.asarray(corpus.shard_offsets).tolist()
         names = [shard_name("neighbours", i, len(offsets) - 1, ".npy") for i in range(len(offsets) - 1)]
-        done = sum(stage.counts(name)["chunks"] for name in names if stage.has(name))
-        with Progress("neighbours", total=corpus.num_chunks, unit="chunks", initial=done) as progress:
-            for name, start, stop in zip(names, offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
-                if stage.has(name):
-                    continue
-                counts = {"chunks": stop - start, "empty": 0, "dropped": 0}
-                survivors = np.zeros(k + 1, np.int64)
-                with stage.shard(name) as (path, shard_counts), ArrayWriter(path, neighbour_dtype(k)) as writer:
-                    for first in range(start, stop, _QUERIES_AT_ONCE):
-                        chunks = np.arange(first, min(first + _QUERIES_AT_ONCE, stop))
-                        vectors = embeddings.vectors(chunks)
-                        keys = corpus.document_keys(chunks) if filter == "document" else None
-                        ids, distances, dropped = search_excluding(
-                            database.index, database.corpus.document_keys, vectors, k, keys
-                        )
-                        rows = np.empty(len(chunks), neighbour_dtype(k))
-                        rows["ids"], rows["distances"] = ids, distances
-                        writer.append(rows)
-                        survivors += np.bincount((ids >= 0).sum(1), minlength=k + 1)
-                        counts["empty"] += int((~vectors.any(1)).sum())
-                        counts["dropped"] += dropped
-                        progress.update(len(chunks))
-                    shard_counts.update(counts, survivors=survivors.tolist())
-        totals = {key: sum(stage.counts(name)[key] for name in names) for key in ("chunks", "empty", "dropped")}
+        units = [
+            Unit((name,), {**common, "name": name, "first": first, "stop": stop}, stop - first)
+            for name, first, stop in zip(names, offsets[:-1], offsets[1:], strict=True)
+        ]
+        try:
+            distribute(stage, units, search_shard, options or BeamOptions(), label="neighbours", unit="chunks")
+        finally:
+            _searcher.cache_clear()
+        totals = {key: sum(stage.counts(name)[key] for name in names) for key in ("chunks", "empty", "duplicates")}
         histogram = np.sum([stage.counts(name)["survivors"] for name in names], axis=0)
         totals["fewer_than_k"] = int(histogram[:-1].sum())
         totals["survivors"] = histogram.tolist()
         return stage.finish(totals)
+
+
+def search_shard(writer: ShardWriter, arguments: dict[str, Any]) -> None:
+    """Finds the neighbours of the chunks of one shard.
+
+    Args:
+      writer: of the stage.
+      arguments: "corpus" and "embeddings" directories of the queries, "first" and "stop" of their chunk ids, "name" of
+        the file, the stage's settings, "database" directory or "service", and the "fingerprint" that must answer.
+
+    Raises:
+      UserError: the database has changed since the stage began.
+    """
+    from retro_jax.data.corpus import Corpus
+    from retro_jax.retrieval.embedder import EmbeddingSet
+
+    corpus, embeddings = Corpus(arguments["corpus"]), EmbeddingSet(arguments["embeddings"])
+    searcher = _searcher(json.dumps({name: arguments[name] for name in ("database", "service")}))
+    if searcher.fingerprint != arguments["fingerprint"]:
+        raise UserError(
+            f"the database is {searcher.fingerprint} now, it was {arguments['fingerprint']} when the search began; "
+            "find all neighbours again, in another directory"
+        )
+    k = arguments["k"]
+    survivors, empty, duplicates = np.zeros(k + 1, np.int64), 0, 0
+    with (
+        writer.shard(arguments["name"]) as (path, counts),
+        ArrayWriter(path, neighbour_dtype(k)) as file,
+    ):
+        for first in range(arguments["first"], arguments["stop"], _QUERIES_AT_ONCE):
+            chunks = np.arange(first, min(first + _QUERIES_AT_ONCE, arguments["stop"]))
+            vectors = embeddings.vectors(chunks)
+            keys = corpus.document_keys(chunks) if arguments["filter"] == "document" else None
+            rows = np.empty(len(chunks), neighbour_dtype(k))
+            if arguments["deduplicate"]:
+                rows["ids"], rows["distances"], some = search_distinct(searcher, vectors, k, keys, corpus.chunk_length)
+                duplicates += some
+            else:
+                rows["ids"], rows["distances"] = searcher.search(vectors, k, keys)
+            file.append(rows)
+            survivors += np.bincount((rows["ids"] >= 0).sum(1), minlength=k + 1)
+            empty += int((~vectors.any(1)).sum())
+            writer.advance(len(chunks))
+        counts.update(
+            chunks=arguments["stop"] - arguments["first"],
+            empty=empty,
+            duplicates=duplicates,
+            survivors=survivors.tolist(),
+        )
+
+
+def search_distinct(
+    searcher: Searcher, vectors: np.ndarray, k: int, keys: np.ndarray | None, chunk_length: int
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """The k nearest chunks [n, K] with different tokens: the nearest of equals; and how many nearer ones were dropped.
+
+    Rows with fewer than k of them fetch twice as many, until there are no more.
+    """
+    ids = np.full((len(vectors), k), -1, np.int64)
+    distances = np.full((len(vectors), k), np.inf, np.float32)
+    pending, fetch, dropped = np.arange(len(vectors)), 2 * k, 0
+    while len(pending):
+        hits, squares = searcher.search(vectors[pending], fetch, None if keys is None else keys[pending])
+        tokens = searcher.neighbour_tokens(hits)[..., :chunk_length]
+        keep = (hits >= 0) & ~_repeated(tokens)
+        settled = (keep.sum(1) >= k) | (hits[:, -1] < 0)
+        rows, order = pending[settled], np.argsort(~keep[settled], axis=1, kind="stable")[:, :k]
+        kept = np.take_along_axis(keep[settled], order, 1)
+        ids[rows] = np.where(kept, np.take_along_axis(hits[settled], order, 1), -1)
+        distances[rows] = np.where(kept, np.take_along_axis(squares[settled], order, 1), np.inf)
+        before = np.cumsum(keep[settled], axis=1) < k
+        dropped += int((~keep[settled] & (hits[settled] >= 0) & before).sum())
+        pending = pending[~settled]
+        fetch *= 2
+    return ids, distances, dropped
+
+
+def _repeated(tokens: np.ndarray) -> np.ndarray:
+    """bool [n, K]: whether a nearer place of the row has the same tokens, of [n, K, M]."""
+    wide = np.ascontiguousarray(tokens, "<i4")
+    keys = wide.view(np.dtype((np.void, wide.shape[-1] * 4)))[..., 0]
+    numbers = np.unique(keys, return_inverse=True)[1].reshape(keys.shape)
+    order = np.argsort(numbers, axis=1, kind="stable")
+    ordered = np.take_along_axis(numbers, order, 1)
+    again = np.zeros(keys.shape, bool)
+    np.put_along_axis(again, order[:, 1:], ordered[:, 1:] == ordered[:, :-1], axis=1)
+    return again
+
+
+@functools.lru_cache(maxsize=1)
+def _searcher(described: str) -> Any:
+    """What is searched, opened once in a process; `described` in JSON."""
+    asked = json.loads(described)
+    if asked["service"] is None:
+        from retro_jax.retrieval.database import Database
+
+        return Database.open(asked["database"])
+    from retro_jax.retrieval.service.client import RetrievalClient
+    from retro_jax.retrieval.service.security import ClientSecurity, Identity, read_tokens
+
+    service = Service(**asked["service"])
+    security = ClientSecurity(
+        service.ca and Path(service.ca),
+        Identity(Path(service.certificate), Path(service.key)) if service.certificate and service.key else None,
+        read_tokens(service.token_file)[0] if service.token_file else None,
+    )
+    return RetrievalClient(service.addresses, security=security, seconds=service.seconds)
+
+
+def _searched(asked: dict[str, Any]) -> _Searched:
+    searcher = _searcher(json.dumps(asked))
+    if asked["service"] is None:
+        corpus = searcher.corpus
+        return _Searched(
+            searcher.fingerprint,
+            corpus.fingerprint,
+            searcher.embedder_fingerprint,
+            corpus.tokenizer_fingerprint,
+            corpus.chunk_length,
+        )
+    served = searcher.description
+    return _Searched(served.database, served.corpus, served.embedder, served.tokenizer, served.chunk_length)
 
 
 class NeighbourTable:

@@ -3,12 +3,12 @@
 import json
 
 import pytest
-from small_run import K, M, error_line, run_program
+from small_run import K, M, error_line, program, run_program
 from tiny_bert import write_tiny_bert
 
 from retro_jax.data.corpus import Corpus
 from retro_jax.retrieval.embedder import Embedder, embed_corpus
-from retro_jax.retrieval.index import build_index
+from retro_jax.retrieval.index_build import build_index
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,29 @@ def test_a_sample_shows_the_neighbours_of_each_complete_chunk(database, finished
     assert M * max(chunks) <= 1 + 90 + 20
 
 
+def test_through_the_service_the_sample_is_the_same(database, finished_run):
+    directory, bert = database
+    server = program(
+        "launch/serve_retrieval.py", f"--database={directory}", f"--embedder={bert}", "--port=0", "--reload_seconds=0"
+    )
+    try:
+        address = None
+        for line in server.stderr:
+            event = json.loads(line) if line.startswith("{") else {}
+            address = event.get("address", address)
+            if event.get("event") == "ready":
+                break
+        flags = [f"--workdir={finished_run}", "--prompt=A prompt with plenty of words, so that chunks are complete"]
+        flags += ["--max_new_tokens=10", "--seed=3"]
+        status, stdout, stderr = run_program("launch/sample.py", *flags, f"--service={address}")
+        assert status == 0, stderr
+        local = run_program("launch/sample.py", *flags, f"--database={directory}", f"--embedder={bert}")
+        assert stdout == local[1] and "neighbour 2" in stdout
+    finally:
+        server.kill()
+        server.communicate()
+
+
 def test_without_a_database_it_runs_off_and_says_so(finished_run):
     status, stdout, stderr = run_program(
         "launch/sample.py", f"--workdir={finished_run}", "--prompt=", "--max_new_tokens=4", "--temperature=0"
@@ -66,6 +89,8 @@ def test_mistakes_are_named_in_one_line(database, finished_run, finished_baselin
         return error_line("launch/sample.py", f"--workdir={workdir}", "--prompt=x", *flags)
 
     assert "needs --embedder" in mistake(f"--database={directory}")
+    assert "goes without --database" in mistake(f"--database={directory}", "--service=127.0.0.1:1")
+    assert "127.0.0.1:1: UNAVAILABLE" in mistake("--service=127.0.0.1:1")
     assert "top_p 0.0 must be above 0" in mistake("--top_p=0")
     assert "no such directory" in mistake(f"--database={tmp_path / 'nowhere'}", f"--embedder={bert}")
     assert "sample it without a database" in mistake(

@@ -60,10 +60,18 @@ def make_corpus(tokenizer, tmp_path_factory):
 def make_embeddings(tmp_path_factory):
     """`make_embeddings([array, ...])` writes vectors of our own as a finished embeddings stage."""
 
-    def make(shards: list[np.ndarray], *, corpus="c0ffee", embedder="facade", directory=None, checked=True):
+    def make(
+        shards: list[np.ndarray],
+        *,
+        corpus="c0ffee",
+        embedder="facade",
+        embedder_settings=None,
+        directory=None,
+        checked=True,
+    ):
         directory = directory or tmp_path_factory.mktemp("embeddings")
         dimension = shards[0].shape[1]
-        settings = {"embedder": {}, "embedder_fingerprint": embedder, "dimension": dimension}
+        settings = {"embedder": embedder_settings or {}, "embedder_fingerprint": embedder, "dimension": dimension}
         with Stage(directory, "embeddings", settings=settings, inputs={"corpus": corpus, "tokenizer": "0"}) as stage:
             for i, array in enumerate(shards):
                 name = shard_name("embeddings", i, len(shards), ".npy")

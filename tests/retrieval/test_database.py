@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retro_jax.errors import UserError
-from retro_jax.retrieval.database import Database, search_excluding
+from retro_jax.retrieval.database import Database
 from retro_jax.retrieval.embedder import Embedder, EmbeddingSet, embed_corpus
 from retro_jax.retrieval.exact import exact_search
-from retro_jax.retrieval.index import build_index
+from retro_jax.retrieval.excluding import search_excluding
+from retro_jax.retrieval.index_build import build_index
 
 
 class ExactIndex:
@@ -36,7 +37,7 @@ def test_exclusion_equals_filtering_all_neighbours(seed, size, k, documents, exc
     queries[2] = 0  # a chunk without word pieces
     exclude = rng.integers(-1, documents, (4, excluded))
     key_of = lambda ids: np.where(ids >= 0, keys[np.maximum(ids, 0)], -1)  # noqa: E731
-    ids, distances, dropped = search_excluding(ExactIndex(vectors), key_of, queries, k, exclude)
+    ids, distances, dropped = search_excluding(ExactIndex(vectors).search, size, key_of, queries, k, exclude)
     everything, squares = exact_search(queries, vectors, size)
     expected_dropped = 0
     for i in range(4):
@@ -55,7 +56,7 @@ def test_fetching_grows_only_for_rows_that_need_it():
     keys = (np.arange(1000) >= 500).astype(np.int64)
     index = ExactIndex(vectors)
     key_of = lambda ids: np.where(ids >= 0, keys[np.maximum(ids, 0)], -1)  # noqa: E731
-    ids, _, dropped = search_excluding(index, key_of, np.array([[1.0], [1.0]]), 2, np.array([0, 1]))
+    ids, _, dropped = search_excluding(index.search, 1000, key_of, np.array([[1.0], [1.0]]), 2, np.array([0, 1]))
     assert ids.tolist() == [[500, 501], [0, 1]] and dropped == 500
     assert index.asked == [12, 24, 48, 96, 192, 384, 768]
 
@@ -142,5 +143,8 @@ def test_absent_and_unfinished_databases_are_named(tmp_path):
 def test_the_fingerprint_names_this_database(database):
     directory, corpus = database
     opened = Database.open(directory)
-    assert len(opened.fingerprint) == 16 and opened.fingerprint not in (corpus.fingerprint, opened.index.fingerprint)
+    assert len(opened.fingerprint) == 16 and opened.fingerprint not in (
+        corpus.fingerprint,
+        opened.indexes[0].fingerprint,
+    )
     assert Database.open(directory, verify=False).fingerprint == opened.fingerprint

@@ -43,13 +43,11 @@ def test_many_blocks_equal_one(monkeypatch):
         np.testing.assert_array_equal(one, many)
 
 
-def test_odd_sizes_compile_nothing_new():
-    rng = np.random.default_rng(1)
-    exact_search(rng.normal(size=(3, 5)), rng.normal(size=(10, 5)), 2)
-    compiled = exact._merge._cache_size()
-    for queries, size, k in ((1, 1, 1), (7, 333, 10), (300, 9001, 16)):
-        exact_search(rng.normal(size=(queries, 5)), rng.normal(size=(size, 5)), k)
-    assert exact._merge._cache_size() == compiled
+def test_of_equally_near_vectors_the_first_are_taken(monkeypatch):
+    monkeypatch.setattr(exact, "_DATABASE_ROWS", 64)
+    database = np.ones((200, 3), np.float32)
+    ids, _ = exact_search(np.zeros((2, 3)), database, 5)
+    assert ids.tolist() == [[0, 1, 2, 3, 4]] * 2
 
 
 def test_the_distance_to_itself_is_zero_far_from_the_origin():

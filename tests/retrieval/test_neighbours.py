@@ -1,17 +1,23 @@
 """The table of neighbours is what a loop over all distances gives, whole or resumed, and readable by itself."""
 
+import dataclasses
 import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from retro_jax.data.distribute import BeamOptions
 from retro_jax.errors import UserError
-from retro_jax.retrieval import database as database_module
+from retro_jax.retrieval import neighbours as neighbours_module
+from retro_jax.retrieval.database import Database
 from retro_jax.retrieval.embedder import EmbeddingSet
-from retro_jax.retrieval.index import build_index
-from retro_jax.retrieval.neighbours import NeighbourTable, find_neighbours
+from retro_jax.retrieval.exact import exact_search
+from retro_jax.retrieval.index_build import build_index
+from retro_jax.retrieval.neighbours import NeighbourTable, find_neighbours, search_distinct
 
 WORDS = re.findall(r"\S+", "the cat of a house and 3 birds sing in the tree while it rains, he said; nobody came.")
 
@@ -87,9 +93,8 @@ def test_table_equals_the_loop_over_all_pairs(world, tmp_path, filter, own, k):
     assert manifest.counts["fewer_than_k"] == (found < k).sum()
     assert manifest.counts["empty"] == (2 if own else 1)
     assert manifest.counts["chunks"] == len(table) == queries.num_chunks
-    assert (manifest.counts["dropped"] > 0) == (filter == "document")
     assert (table.k, table.corpus_fingerprint, table.filter) == (k, queries.fingerprint, filter)
-    assert table.database_fingerprint == database_module.Database.open(directory).fingerprint
+    assert table.database_fingerprint == Database.open(directory).fingerprint
     if not own and filter == "document":
         shared = np.isin(queries.document_keys(chunks), corpus.document_keys(np.arange(corpus.num_chunks)))
         assert shared.any() and not shared.all()
@@ -107,25 +112,75 @@ def test_reader_takes_any_shape_and_minus_one(world, tmp_path):
         table.ids(np.array([corpus.num_chunks]))
 
 
-def test_an_interrupted_search_goes_on_after_the_last_shard(world, tmp_path, monkeypatch):
+def test_a_search_that_failed_goes_on_with_the_shards_that_lack(world, tmp_path, monkeypatch):
     directory, corpus, *_ = world
     whole = find_neighbours(corpus, directory, tmp_path / "whole", k=4)
-    real, calls = database_module.search_excluding, []
+    real, calls = Database.search, []
 
-    def failing(index, keys, vectors, k, exclude):
+    def failing(self, vectors, k, exclude_keys=None):
         calls.append(len(vectors))
         if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(index, keys, vectors, k, exclude)
+            raise UserError("the disk is on fire")
+        return real(self, vectors, k, exclude_keys)
 
-    monkeypatch.setattr(database_module, "search_excluding", failing)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(Database, "search", failing)
+    with pytest.raises(UserError, match="the disk is on fire"):
         find_neighbours(corpus, directory, tmp_path / "resumed", k=4)
     assert find_neighbours(corpus, directory, tmp_path / "resumed", k=4).fingerprint == whole.fingerprint
     sizes = np.diff(corpus.shard_offsets).tolist()
-    assert calls == [sizes[0], sizes[1], sizes[1], sizes[2]]
+    assert len(sizes) == 3 and len(calls) == 4 and sorted(set(calls)) == sorted(set(sizes))
     with pytest.raises(UserError, match=r"settings\.k = 4, now it is 5"):
         find_neighbours(corpus, directory, tmp_path / "resumed", k=5)
+
+
+def test_several_processes_write_the_same_bytes(world, tmp_path):
+    directory, corpus, *_ = world
+    one = find_neighbours(corpus, directory, tmp_path / "one", k=4)
+    two = find_neighbours(corpus, directory, tmp_path / "two", k=4, options=BeamOptions(workers=2))
+    assert one == two
+
+
+@given(st.integers(0, 10**6), st.integers(1, 30), st.integers(1, 5), st.integers(1, 8))
+@settings(deadline=None, max_examples=60)
+def test_distinct_neighbours_equal_the_loop_over_all_hits(seed, size, k, texts):
+    rng = np.random.default_rng(seed)
+    vectors, tokens = rng.normal(size=(size, 3)).astype(np.float32), rng.integers(0, texts, size)
+    queries = rng.normal(size=(5, 3)).astype(np.float32)
+
+    class Searcher:
+        def search(self, vectors_, k, exclude_keys):
+            return exact_search(vectors_, vectors, k)
+
+        def neighbour_tokens(self, ids):
+            return np.where(ids >= 0, tokens[np.maximum(ids, 0)], 0)[..., None] * np.array([1, 2, 0, 9])
+
+    ids, distances, dropped = search_distinct(Searcher(), queries, k, None, 2)
+    every, squares = exact_search(queries, vectors, size)
+    expected = 0
+    for i in range(5):
+        kept, seen, reach = [], set(), size
+        for place, chunk in enumerate(every[i].tolist()):
+            if len(kept) == k:
+                reach = place
+                break
+            if tokens[chunk] not in seen:
+                kept.append(place)
+                seen.add(tokens[chunk])
+        np.testing.assert_array_equal(ids[i, : len(kept)], every[i, kept])
+        np.testing.assert_allclose(distances[i, : len(kept)], squares[i, kept], rtol=1e-6)
+        assert (ids[i, len(kept) :] == -1).all() and np.isinf(distances[i, len(kept) :]).all()
+        expected += reach - len(kept)
+    assert dropped == expected
+
+
+def test_a_database_that_changed_meanwhile_is_refused(world, tmp_path, monkeypatch):
+    directory, corpus, *_ = world
+    searched = neighbours_module._searched
+    monkeypatch.setattr(
+        neighbours_module, "_searched", lambda asked: dataclasses.replace(searched(asked), database="earlier")
+    )
+    with pytest.raises(UserError, match="it was earlier when the search began"):
+        find_neighbours(corpus, directory, tmp_path / "n", k=2)
 
 
 def test_wrong_inputs_are_refused(world, make_embeddings, make_corpus, tmp_path):

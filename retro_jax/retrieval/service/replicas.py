@@ -1,0 +1,332 @@
+"""Asking servers that may be slow, full or dead: replicas of one thing are asked in turn, hedged and retried.
+
+A call goes to the replica that looks quickest. When it takes longer than nearly all calls before, a second replica is
+asked too and the first answer counts; when it fails, another replica is asked at once, then all of them again after
+growing pauses, within the deadline and a bounded number of attempts. All calls of this service only read, so asking
+twice is harmless. gRPC's own retries cannot hedge, and do not choose.
+"""
+
+import dataclasses
+import math
+import queue
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import grpc
+
+from retro_jax.retrieval.service.metrics import Metrics
+from retro_jax.retrieval.service.security import ClientSecurity
+from retro_jax.retrieval.service.wire import SERVICE, RefusedError
+
+METHODS = ("Describe", "Search", "Fetch")
+# What the same server may well answer later, and another one now.
+_PASSING = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.CANCELLED,  # by a server that goes away
+    grpc.StatusCode.DEADLINE_EXCEEDED,  # the server's own, before ours
+)
+# What only another server may answer.
+_OF_THIS_SERVER = (
+    grpc.StatusCode.FAILED_PRECONDITION,  # it does not hold the version
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.UNKNOWN,
+)
+_FORGET_SECONDS = 5.0  # a slow replica is tried again when its slowness is so old
+_DOWN_SECONDS = 1.0
+_LOOK_SECONDS = 0.25
+
+
+@dataclasses.dataclass(frozen=True)
+class Patience:
+    """How long and how often to ask.
+
+    Attributes:
+      attempts: calls at most, hedges not counted.
+      first_pause, longest_pause: seconds before all replicas are tried again; doubled each time, with jitter.
+      hedge_after: seconds before a second replica is asked, while too little is known of the calls before; afterwards
+        their 95th percentile. None: never.
+      hedge_share: hedges for each call, in the long run.
+    """
+
+    attempts: int = 4
+    first_pause: float = 0.02
+    longest_pause: float = 1.0
+    hedge_after: float | None = 0.1
+    hedge_share: float = 0.05
+
+
+class Backend:
+    """One server: its channel, what is known of its speed, and whether it is worth asking."""
+
+    def __init__(self, address: str, security: ClientSecurity, message_bytes: int) -> None:
+        """Connects when it is first asked."""
+        options = [
+            ("grpc.max_receive_message_length", message_bytes),
+            ("grpc.max_send_message_length", message_bytes),
+            ("grpc.enable_http_proxy", 0),
+            ("grpc.enable_retries", 0),
+            ("grpc.use_local_subchannel_pool", 1),
+            ("grpc.initial_reconnect_backoff_ms", 100),
+            ("grpc.min_reconnect_backoff_ms", 100),
+            ("grpc.max_reconnect_backoff_ms", 1000),
+            ("grpc.keepalive_time_ms", 20_000),
+            ("grpc.keepalive_timeout_ms", 5_000),
+        ]
+        self.address = address
+        self.outstanding = 0
+        self._channel = security.channel(address, options)
+        self._metadata = security.metadata()
+        self._calls = {name: self._channel.unary_unary(f"/{SERVICE}/{name}") for name in METHODS}
+        self._lock = threading.Lock()
+        self._seconds = 0.0
+        self._measured = 0.0
+        self._down_until = 0.0
+
+    @property
+    def up(self) -> bool:
+        return time.monotonic() >= self._down_until
+
+    def mark(self, up: bool, seconds: float = _DOWN_SECONDS) -> None:
+        """Remembers whether it answers; one that does not is asked only when nobody else is there, for so long."""
+        self._down_until = 0.0 if up else time.monotonic() + seconds
+
+    @property
+    def load(self) -> float:
+        """Seconds that another call would take, roughly: how quick it was of late, times what it has to do."""
+        age = time.monotonic() - self._measured
+        return (self.outstanding + 1) * max(self._seconds * math.exp(-age / _FORGET_SECONDS), 1e-4)
+
+    def start(self, method: str, request: bytes, seconds: float, request_id: str = "") -> grpc.Future:
+        """Starts a call; its result is the answer's bytes."""
+        with self._lock:
+            self.outstanding += 1
+        metadata = (*self._metadata, ("x-request-id", request_id)) if request_id else self._metadata
+        started = time.monotonic()
+        call = self._calls[method].future(request, timeout=seconds, metadata=metadata)
+
+        def finished(call: grpc.Future) -> None:
+            now = time.monotonic()
+            with self._lock:
+                self.outstanding -= 1
+                if method != "Search":
+                    return
+                # A call that was given up has taken at least so long.
+                share = 1.0 if now - started > self._seconds else 0.2
+                self._seconds += share * (now - started - self._seconds)
+                self._measured = now
+
+        call.add_done_callback(finished)
+        return call
+
+    def close(self) -> None:
+        self._channel.close()
+
+
+class Replicas:
+    """Servers of which each can give the answer; used by many threads.
+
+    Attributes:
+      name: of what they are replicas of, for messages.
+      backends: the servers.
+    """
+
+    def __init__(self, name: str, backends: Sequence[Backend], patience: Patience, metrics: Metrics | None) -> None:
+        self.name = name
+        self.backends = tuple(backends)
+        self.patience = patience
+        self.metrics = metrics
+        self._recent: deque[float] = deque(maxlen=256)
+        self._p95 = math.inf if patience.hedge_after is None else patience.hedge_after
+        self._hedges_left = 10.0
+        self._lock = threading.Lock()
+
+    def hedge_delay(self) -> float:
+        return self._p95
+
+    def may_hedge(self) -> bool:
+        """Takes one hedge out of the budget, when there is one."""
+        with self._lock:
+            if self._hedges_left < 1:
+                return False
+            self._hedges_left -= 1
+            return True
+
+    def took(self, seconds: float) -> None:
+        """Learns from a call that was answered."""
+        with self._lock:
+            self._recent.append(seconds)
+            self._hedges_left = min(self._hedges_left + self.patience.hedge_share, 20.0)
+            if self.patience.hedge_after is not None and len(self._recent) % 32 == 0:
+                self._p95 = max(sorted(self._recent)[int(0.95 * len(self._recent))], 0.002)
+
+    def best(self, avoid: Sequence[Backend]) -> Backend | None:
+        """The replica to ask next, other than these; None when there is none."""
+        candidates = [backend for backend in self.backends if backend not in avoid]
+        return min(candidates, key=lambda backend: (not backend.up, backend.load, random.random()), default=None)
+
+
+def ask(
+    groups: Sequence[Replicas], method: str, request: bytes, deadline: float, request_id: str = ""
+) -> list[bytes | RefusedError]:
+    """Asks one replica of every group the same, at a time.
+
+    Args:
+      groups: of which one answer each is wanted.
+      method: of the service.
+      request: its bytes.
+      deadline: of time.monotonic; nothing is waited for after it.
+      request_id: for the logs of the servers.
+
+    Returns:
+      For each group the answer's bytes, or why there is none.
+    """
+    events: queue.SimpleQueue = queue.SimpleQueue()
+    open_questions = [
+        _Question(group, method, request, deadline, request_id, place, events) for place, group in enumerate(groups)
+    ]
+    answers: list[bytes | RefusedError] = [None] * len(groups)
+    while waiting := [question for question in open_questions if question.answer is None]:
+        now = time.monotonic()
+        if now >= deadline:
+            for question in waiting:
+                question.give_up()
+            break
+        wake = min(min(question.wake for question in waiting), deadline)
+        try:
+            place, backend, call = events.get(timeout=max(wake - now, 0.0))
+        except queue.Empty:
+            for question in waiting:
+                question.look()
+        else:
+            open_questions[place].ended(backend, call)
+    for place, question in enumerate(open_questions):
+        question.cancel()
+        answers[place] = question.answer
+    return answers
+
+
+class _Question:
+    """One group being asked: the calls under way, and when to do something about them."""
+
+    def __init__(
+        self, group: Replicas, method: str, request: bytes, deadline: float, request_id: str, place: int, events: Any
+    ) -> None:
+        self.answer: bytes | RefusedError | None = None
+        self.wake = math.inf
+        self._group = group
+        self._start: Callable[[Backend, float], grpc.Future] = lambda backend, seconds: backend.start(
+            method, request, seconds, request_id
+        )
+        self._deadline = deadline
+        self._place = place
+        self._events = events
+        self._running: dict[Backend, tuple[grpc.Future, float]] = {}
+        self._tried: list[Backend] = []
+        self._attempts = 0
+        self._pauses = 0
+        self._pause_until: float | None = None
+        self._hedge_at = math.inf
+        self._last = "no server"
+        self._attempt()
+
+    def ended(self, backend: Backend, call: grpc.Future) -> None:
+        """A call has come to its end."""
+        _, started = self._running.pop(backend, (None, 0.0))
+        if self.answer is not None:
+            return
+        code = call.code()
+        if self._group.metrics:
+            self._group.metrics.backend_requests.labels(backend.address, code.name).inc()
+        if code is grpc.StatusCode.OK:
+            backend.mark(True)
+            self._group.took(time.monotonic() - started)
+            self.answer = call.result()
+            return
+        self._last = f"{backend.address}: {_short(call.details())}"
+        if code is grpc.StatusCode.UNAVAILABLE:
+            backend.mark(False)
+        if code is grpc.StatusCode.DEADLINE_EXCEEDED and time.monotonic() >= self._deadline - 0.01:
+            self.give_up()
+        elif code not in (*_PASSING, *_OF_THIS_SERVER):
+            self.answer = RefusedError(code, _short(call.details()))
+        elif not self._running:
+            if self._attempts >= self._group.patience.attempts:
+                self.answer = RefusedError(code, self._last)
+            elif self._group.best(avoid=self._tried):
+                self._repeat()
+            elif code in _OF_THIS_SERVER:
+                self.answer = RefusedError(code, self._last)
+            else:
+                pause = min(self._group.patience.first_pause * 2**self._pauses, self._group.patience.longest_pause)
+                self._pauses += 1
+                self._tried = []
+                self._pause_until = time.monotonic() + pause * random.uniform(0.5, 1.0)
+                self.wake = self._pause_until
+
+    def look(self) -> None:
+        """The time to wake may have come: the end of a pause, a hedge, or a replica that others found dead."""
+        now = time.monotonic()
+        if self._pause_until is not None:
+            if now >= self._pause_until:
+                self._repeat()
+            return
+        other = self._group.best(avoid=self._tried)
+        if other is not None and other.up:
+            if not any(backend.up for backend in self._running) and self._attempts < self._group.patience.attempts:
+                self._repeat()
+                return
+            if now >= self._hedge_at:
+                self._hedge_at = math.inf
+                if self._group.may_hedge():
+                    if self._group.metrics:
+                        self._group.metrics.hedges.inc()
+                    self._launch(other)
+                    return
+        self.wake = min(self._hedge_at if self._hedge_at > now else math.inf, now + _LOOK_SECONDS)
+
+    def give_up(self) -> None:
+        """The deadline has come."""
+        asked = " and ".join(backend.address for backend in self._running)
+        self.answer = RefusedError(
+            grpc.StatusCode.DEADLINE_EXCEEDED, f"{asked}: no answer in time" if asked else f"no time left; {self._last}"
+        )
+
+    def cancel(self) -> None:
+        """Ends calls whose answer is not needed any more."""
+        for call, _ in list(self._running.values()):
+            call.cancel()
+
+    def _repeat(self) -> None:
+        if self._group.metrics:
+            self._group.metrics.retries.inc()
+        self._attempt()
+
+    def _attempt(self) -> None:
+        self._pause_until = None
+        self._attempts += 1
+        backend = self._group.best(avoid=self._tried) or self._group.best(avoid=())
+        if backend is None:
+            self.answer = RefusedError(grpc.StatusCode.UNAVAILABLE, "no server is known")
+            return
+        self._launch(backend)
+        delay = self._group.hedge_delay()
+        self._hedge_at = time.monotonic() + delay
+        self.wake = time.monotonic() + min(delay, _LOOK_SECONDS)
+
+    def _launch(self, backend: Backend) -> None:
+        now = time.monotonic()
+        self._tried.append(backend)
+        call = self._start(backend, max(self._deadline - now, 1e-3))
+        self._running[backend] = (call, now)
+        self.wake = now + _LOOK_SECONDS
+        call.add_done_callback(lambda call: self._events.put((self._place, backend, call)))
+
+
+def _short(details: str | None) -> str:
+    """What a status says, as one line of bounded length."""
+    return " ".join((details or "no reason given").split())[:300]

@@ -1,0 +1,165 @@
+"""Changes of a database without a rebuild: documents are added in a segment of their own, removed by a list, compacted.
+
+A change takes effect when `segments.json` is replaced, at the end; until then, and when it is interrupted, readers see
+the database as it was. One change at a time: the directory is locked meanwhile.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from retro_jax.data.corpus import Corpus, build_corpus
+from retro_jax.data.distribute import BeamOptions
+from retro_jax.data.stage import fingerprint
+from retro_jax.errors import UserError
+from retro_jax.lock import DirectoryLock
+from retro_jax.retrieval.database import require_embedder
+from retro_jax.retrieval.embedder import EmbeddingSet, embed_corpus
+from retro_jax.retrieval.index import Index
+from retro_jax.retrieval.index_build import MIN_RECALL, build_index
+from retro_jax.retrieval.index_settings import IndexSettings
+from retro_jax.retrieval.segments import ADDITIONS, DatabaseCorpus, Segments, in_ranges
+
+if TYPE_CHECKING:
+    from retro_jax.retrieval.embedder import Embedder
+
+_REMEDY = "wait for that change of the database"
+
+
+def add_documents(
+    directory: str | os.PathLike,
+    inputs: Sequence[Path],
+    embedder: "Embedder",
+    *,
+    settings: IndexSettings | None = None,
+    min_recall: float = MIN_RECALL,
+    skip_bad: bool = False,
+    options: BeamOptions | None = None,
+) -> DatabaseCorpus:
+    """Adds the documents of some files; run again after an interruption it goes on with the same addition.
+
+    Args:
+      directory: of the database.
+      inputs: files as `build_corpus` takes them.
+      embedder: the one the database was made with.
+      settings, min_recall: of the index of the new chunks.
+      skip_bad: count and leave out what cannot be read.
+      options: where the work is done.
+
+    Returns:
+      The database's chunks with the new ones.
+
+    Raises:
+      UserError: an id that the database already has, another embedder, or see `build_corpus`.
+    """
+    directory = Path(directory)
+    before = DatabaseCorpus(directory)
+    base = before.parts[0]
+    require_embedder(
+        embedder.fingerprint, EmbeddingSet(directory / "embeddings").embedder_fingerprint, "the given embedder"
+    )
+    with DirectoryLock(directory, _REMEDY):
+        segments = Segments.load(directory)
+        name = f"{1 + max([0, *map(int, segments.additions)]):05d}"
+        folder = directory / ADDITIONS / name
+        build_corpus(
+            inputs,
+            base.tokenizer,
+            folder / "corpus",
+            chunk_length=base.chunk_length,
+            skip_bad=skip_bad,
+            options=options,
+        )
+        added = Corpus(folder / "corpus")
+        _refuse_known_ids(DatabaseCorpus(directory), added, folder)
+        embed_corpus(added, embedder, folder / "embeddings")
+        build_index(
+            EmbeddingSet(folder / "embeddings"),
+            folder / "index",
+            settings,
+            min_recall=min_recall,
+            options=options,
+        )
+        segments.save(directory, additions=(*segments.additions, name), removed=segments.removed)
+    return DatabaseCorpus(directory)
+
+
+def remove_documents(
+    directory: str | os.PathLike, *, ids: Iterable[str] = (), groups: Iterable[str] = ()
+) -> tuple[int, int]:
+    """Takes documents out: from now on no search finds them. Removing them again changes nothing.
+
+    Args:
+      directory: of the database.
+      ids: of documents, as in the input.
+      groups: all documents of these go too.
+
+    Returns:
+      (documents, chunks) that were removed and had not been.
+
+    Raises:
+      UserError: an id or a group that the database does not have.
+    """
+    directory, ids, groups = Path(directory), set(ids), set(groups)
+    with DirectoryLock(directory, _REMEDY):
+        corpus = DatabaseCorpus(directory)
+        removed = corpus.segments.removed
+        missing_ids, missing_groups = set(ids), set(groups)
+        ranges, documents = [removed], 0
+        for name, group, first, stop in _documents(corpus):
+            if name in ids or group in groups:
+                missing_ids.discard(name)
+                missing_groups.discard(group)
+                if not in_ranges(np.int64(first), removed):
+                    ranges.append(np.array([[first, stop]]))
+                    documents += 1
+        for kind, missing in (("document", missing_ids), ("group", missing_groups)):
+            if missing:
+                some = ", ".join(repr(name) for name in sorted(missing)[:3])
+                raise UserError(f"{directory} has no {kind} {some}{' and others' if len(missing) > 3 else ''}")
+        if documents:
+            corpus.segments.save(directory, additions=corpus.segments.additions, removed=np.concatenate(ranges))
+        return documents, int(sum((each[:, 1] - each[:, 0]).sum() for each in ranges[1:]))
+
+
+def default_settings(directory: str | os.PathLike) -> IndexSettings:
+    """How the index of a database's base was asked for, for those of its additions."""
+    return IndexSettings(**Index.load(Path(directory) / "index", shards=(), verify=False).manifest.settings["index"])
+
+
+def _documents(corpus: DatabaseCorpus) -> Iterator[tuple[str, str, int, int]]:
+    """(id, group, first chunk, stop) of every document, in order."""
+    for part, offset in zip(corpus.parts, corpus.offsets[:-1].tolist(), strict=True):
+        lines = _document_lines(part)
+        for firsts, counts in part.document_ranges():
+            for first, count in zip(firsts.tolist(), counts.tolist(), strict=True):
+                record = json.loads(next(lines))
+                yield record["id"], record["group"], offset + first, offset + first + count
+
+
+def _document_lines(corpus: Corpus) -> Iterator[bytes]:
+    """The line of JSON that a corpus keeps of every document, in order."""
+    for shard in corpus.manifest.shards:
+        if shard.name.endswith(".jsonl"):
+            with open(corpus.directory / shard.name, "rb") as file:
+                yield from file
+
+
+def _refuse_known_ids(known: DatabaseCorpus, added: Corpus, folder: Path) -> None:
+    """Refuses an addition with a document that is already there and not removed."""
+    new = {json.loads(line)["id"] for line in _document_lines(added)}
+    for name, _, first, _ in _documents(known):
+        if name in new and not known.removed(first):
+            raise UserError(
+                f"the database already has a document {name!r}; remove it first, or leave it out of the input and "
+                f"delete {folder}"
+            )
+
+
+def compacted_fingerprint(corpus: DatabaseCorpus) -> str:
+    """What a compaction of this database is known by."""
+    return fingerprint({"corpus": corpus.fingerprint, "removed": corpus.segments.removed.tolist()})

@@ -1,0 +1,161 @@
+"""launch/serve_retrieval.py over a real database in shards: equal to the library, updated while it serves."""
+
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import tiny_bert
+from processes_of_service import front, health, program, running, wait_ready
+from small_run import error_line
+
+from retro_jax.retrieval.database import Database
+from retro_jax.retrieval.embedder import Embedder, EmbeddingSet, embed_corpus
+from retro_jax.retrieval.index_build import build_index
+from retro_jax.retrieval.service.client import RetrievalClient, RetrievalError
+from retro_jax.retrieval.update import remove_documents
+
+WORDS = [
+    "the",
+    "cat",
+    "of",
+    "a",
+    "house",
+    "and",
+    "3",
+    "birds",
+    "sing",
+    "in",
+    "tree",
+    "while",
+    "it",
+    "rains",
+    "he",
+    "said",
+]
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory) -> Path:
+    return tiny_bert.write_tiny_bert(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(scope="module")
+def database(make_corpus, bert, tmp_path_factory) -> Path:
+    """40 documents in 2 groups of 20, an index of 2 shards."""
+    directory = tmp_path_factory.mktemp("database") / "database"
+    texts = [" ".join(np.random.default_rng(i).choice(WORDS, 60)) for i in range(40)]
+    records = [{"id": f"doc-{i}", "text": text, "title": f"Title {i}"} for i, text in enumerate(texts)]
+    corpus = make_corpus([records[:20], records[20:]], directory / "corpus")
+    embedder = Embedder.load(bert, normalize=True, max_length=64, lengths=(64,), rows_per_device=8)
+    embed_corpus(corpus, embedder, directory / "embeddings")
+    build_index(EmbeddingSet(directory / "embeddings"), directory / "index", num_shards=2, recall_queries=32)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def served(database, bert):
+    """(front, shard servers), each shard server with every second shard, the front with the embedder."""
+    flags = (f"--database={database}", "--reload_seconds=0.5", "--keep_seconds=1")
+    shards = [program(*flags, f"--shards={part}/2") for part in range(2)]
+    with running(*shards):
+        asking = front(*shards, flags=(f"--embedder={bert}",))
+        with running(asking):
+            wait_ready(*shards, asking, timeout=120)
+            yield asking, shards
+
+
+def test_answers_equal_the_library_bit_by_bit(database, served):
+    opened = Database.open(database)
+    corpus = opened.corpus
+    vectors = EmbeddingSet(database / "embeddings").vectors(np.arange(corpus.num_chunks))
+    keys = corpus.document_keys(np.arange(corpus.num_chunks))
+    with RetrievalClient(served[0].address) as client:
+        assert client.fingerprint == opened.fingerprint
+        for exclude in (None, keys):
+            ids, distances = client.search(vectors, 4, exclude)
+            expected = opened.search(vectors, 4, exclude)
+            assert ids.tobytes() == expected[0].tobytes() and distances.tobytes() == expected[1].tobytes()
+        np.testing.assert_array_equal(client.neighbour_tokens(ids), opened.neighbour_tokens(ids))
+        document = corpus.document(int(corpus.document_index(ids[5, 0])))
+        assert client.documents(ids[5, :1]) == [(document.id, document.metadata["title"])]
+
+
+def test_the_front_embeds_tokens_and_texts(database, served, bert):
+    embedder = Embedder.load(bert, normalize=True, max_length=64)
+    opened = Database.open(database, embedder)
+    chunks = opened.corpus.tokens(np.arange(7))
+    with RetrievalClient(served[0].address) as client:
+        assert client.description.embeds
+        found, expected = client.retrieve(chunks, 3), opened.retrieve(chunks, 3)
+        np.testing.assert_array_equal(found.ids, expected.ids)
+        np.testing.assert_array_equal(found.distances, expected.distances)
+        np.testing.assert_array_equal(found.tokens, expected.tokens)
+        assert (found.ids[:, 0] == np.arange(7)).all()
+        ids, _ = client.search_texts(opened.texts(np.arange(7)), 1)
+        assert ids[:, 0].tolist() == list(range(7))
+        with pytest.raises(RetrievalError, match="chunks of 15 tokens, this database's have 16"):
+            client.retrieve(chunks[:, :15], 1)
+        with pytest.raises(RetrievalError, match="outside the vocabulary of 800"):
+            client.retrieve(chunks + 800, 1)
+
+
+def test_a_shard_server_needs_neither_tensorflow_nor_jax(served):
+    for server in served[1]:
+        libraries = {Path(file.path).name for file in psutil.Process(server.process.pid).memory_maps()}
+        assert any("scann" in name for name in libraries)
+        assert not [name for name in libraries if re.search("tensorflow|jaxlib|xla", name)]
+
+
+def test_a_removed_document_is_found_no_more_and_nobody_notices_the_change(database, served, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(database, copy)
+    server = program(f"--database={copy}", "--reload_seconds=0.1", "--keep_seconds=0")
+    with running(server):
+        wait_ready(server)
+        opened = Database.open(copy)
+        key = opened.corpus.document_keys(np.arange(1))[0]
+        vectors = EmbeddingSet(copy / "embeddings").vectors(np.arange(8))
+        with RetrievalClient(server.address) as client:
+            assert client.search(vectors, 1)[0][0, 0] == 0
+        remove_documents(copy, ids=["doc-0"])
+        now = Database.open(copy)
+        while True:
+            with RetrievalClient(server.address) as client:
+                ids = client.search(vectors, 5)[0]
+                if client.fingerprint == now.fingerprint:
+                    break
+            assert client.fingerprint == opened.fingerprint
+        np.testing.assert_array_equal(ids, now.search(vectors, 5)[0])
+        assert key not in now.corpus.document_keys(ids)
+
+
+def test_recall_is_measured_at_load(served):
+    for server in served[1]:
+        assert server.event("loaded")["recall"] == 1.0
+
+
+@pytest.mark.parametrize("part", ["index/shard-00001-of-00002/ids.npy", "index/probes.npy"])
+def test_a_flipped_bit_is_named_and_never_served(database, tmp_path, part):
+    copy = tmp_path / "copy"
+    shutil.copytree(database, copy)
+    data = bytearray((copy / part).read_bytes())
+    data[-3] ^= 16
+    (copy / part).write_bytes(data)
+    line = error_line("launch/serve_retrieval.py", "--port=0", f"--database={copy}")
+    assert part in line and "checksum differs" in line
+
+
+def test_mistakes_are_named_in_one_line(database, served, tmp_path):
+    def mistake(*flags: str) -> str:
+        return error_line("launch/serve_retrieval.py", *flags)
+
+    assert "give --database for a shard server, or --backends for a front" in mistake()
+    assert "no such directory" in mistake(f"--database={tmp_path / 'nowhere'}", "--port=0")
+    assert "index shards 0 to 1, not 7" in mistake(f"--database={database}", "--shards=7", "--port=0")
+    assert "not '2/2'" in mistake(f"--database={database}", "--shards=2/2", "--port=0")
+    port = served[0].port
+    assert f"127.0.0.1:{port}: port in use" in mistake(f"--database={database}", f"--port={port}")
+    assert health(served[0].address) == "SERVING"

@@ -1,0 +1,248 @@
+"""Documents added are found, documents removed are not, and a compacted database holds exactly what was left."""
+
+import json
+import re
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retro_jax.data.corpus import Corpus
+from retro_jax.data.sequences import SequenceSource, write_sequences
+from retro_jax.errors import UserError
+from retro_jax.lock import DirectoryLock
+from retro_jax.retrieval import update
+from retro_jax.retrieval.compaction import compact_database
+from retro_jax.retrieval.database import Database
+from retro_jax.retrieval.embedder import EmbeddingSet, embed_corpus
+from retro_jax.retrieval.exact import exact_search
+from retro_jax.retrieval.index_build import build_index
+from retro_jax.retrieval.neighbours import NeighbourTable, find_neighbours
+from retro_jax.retrieval.segments import DatabaseCorpus, Segments, in_ranges, merge_ranges
+from retro_jax.retrieval.update import add_documents, remove_documents
+
+WORDS = re.findall(r"\S+", "the cat of a house and 3 birds sing in the tree while it rains, he said; nobody came.")
+
+
+def record(seed: int) -> dict:
+    text = " ".join(np.random.default_rng(seed).choice(WORDS, 30 + 5 * seed))
+    return {"id": f"d{seed}", "text": text, "group": f"g{seed // 2}"}
+
+
+def write(path, seeds) -> list:
+    path.write_text("".join(json.dumps(record(seed)) + "\n" for seed in seeds))
+    return [path]
+
+
+@pytest.fixture
+def database(make_corpus, tiny_embedder, tmp_path):
+    """Directory of a database of documents 0 to 5 in two shards of text and of index."""
+    directory = tmp_path / "DB"
+    corpus = make_corpus([[record(i) for i in range(4)], [record(4), record(5)]], directory / "corpus")
+    embed_corpus(corpus, tiny_embedder, directory / "embeddings")
+    build_index(EmbeddingSet(directory / "embeddings"), directory / "index", num_shards=2)
+    return directory
+
+
+def documents_of(database: Database, ids: np.ndarray) -> set[str]:
+    found = database.corpus.document_index(np.unique(ids[ids >= 0]))
+    return {database.corpus.document(int(index)).id for index in np.unique(found)}
+
+
+def everything(database: Database, embedder) -> np.ndarray:
+    """All that any search gives: a search for every chunk of every document, of all there is."""
+    corpus = database.corpus
+    vectors = embedder.embed_chunks(corpus.tokens(np.arange(corpus.num_chunks)), corpus.tokenizer).vectors
+    ids, _ = database.search(vectors, corpus.num_chunks + 3)
+    return ids
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), max_size=12))
+@settings(max_examples=100)
+def test_ranges_are_the_same_numbers(pairs):
+    merged = merge_ranges(np.array(pairs, np.int64).reshape(-1, 2))
+    numbers = np.arange(-2, 45)
+    expected = [any(first <= number < stop for first, stop in pairs) for number in numbers.tolist()]
+    np.testing.assert_array_equal(in_ranges(numbers, merged), expected)
+    assert (merged[:, 0] < merged[:, 1]).all() and (merged[1:, 0] > merged[:-1, 1]).all()
+
+
+def test_added_documents_are_found_behind_those_before(database, tiny_embedder, tmp_path):
+    before = Database.open(database)
+    assert before.is_current()
+    add_documents(database, write(tmp_path / "new.jsonl", [6, 7]), tiny_embedder)
+    after = Database.open(database, tiny_embedder)
+    assert not before.is_current() and after.is_current() and after.fingerprint != before.fingerprint
+    assert after.num_index_shards == 3 and after.index_shards == (0, 1, 2)
+    old = before.corpus.num_chunks
+    np.testing.assert_array_equal(after.corpus.tokens(np.arange(old)), before.corpus.tokens(np.arange(old)))
+    new = np.arange(old, after.corpus.num_chunks)
+    texts = "".join(after.texts(new))
+    assert texts == record(6)["text"] + record(7)["text"]
+    found = after.retrieve(after.corpus.tokens(new), 2)
+    worded = found.ids[:, 0] >= 0
+    assert worded.sum() >= len(new) - 2 and (found.distances[worded, 0] < 1e-6).all()
+    np.testing.assert_array_equal(after.corpus.tokens(found.ids[worded, 0]), after.corpus.tokens(new[worded]))
+    np.testing.assert_array_equal(found.tokens, after.neighbour_tokens(found.ids))
+    assert documents_of(after, everything(after, tiny_embedder)) == {f"d{i}" for i in range(8)}
+    # The same as an exact search of all vectors.
+    parts = [EmbeddingSet(folder / "embeddings") for folder in (database, database / "additions" / "00001")]
+    vectors = np.concatenate([part[0 : len(part)] for part in parts])
+    real = np.flatnonzero(vectors.any(1))
+    ids, distances = after.search(vectors, 5)
+    expected, squares = exact_search(vectors[real], vectors[real], 5)
+    np.testing.assert_allclose(distances[real], squares, rtol=1e-5, atol=1e-6)
+    assert (ids[real, 0] == real[expected[:, 0]]).mean() > 0.9
+
+
+def test_shards_of_base_and_additions_are_numbered_through(database, tiny_embedder, tmp_path):
+    add_documents(database, write(tmp_path / "new.jsonl", [6, 7]), tiny_embedder)
+    whole = Database.open(database)
+    parts = [Database.open(database, index_shards=chosen) for chosen in ([0], [1, 2])]
+    assert {part.fingerprint for part in parts} == {whole.fingerprint}
+    assert sum(part.size for part in parts) == whole.size
+    with pytest.raises(UserError, match="has index shards 0 to 2, not 3"):
+        Database.open(database, index_shards=[1, 3])
+
+
+def test_removed_documents_are_found_by_no_search(database, tiny_embedder, tmp_path):
+    add_documents(database, write(tmp_path / "new.jsonl", [6, 7]), tiny_embedder)
+    before = Database.open(database)
+    assert remove_documents(database, ids=["d1", "d6"], groups=["g2"])[0] == 4  # g2: d4, d5
+    after = Database.open(database)
+    assert after.fingerprint != before.fingerprint
+    ids = everything(after, tiny_embedder)
+    assert documents_of(after, ids) == {"d0", "d2", "d3", "d7"}
+    assert not after.corpus.removed(ids[ids >= 0]).any()
+    # And with another document left out as well.
+    keys = after.document_keys(np.arange(after.corpus.num_chunks))
+    vectors = tiny_embedder.embed_chunks(
+        after.corpus.tokens(np.arange(after.corpus.num_chunks)), after.corpus.tokenizer
+    ).vectors
+    ids, _ = after.search(vectors, 200, exclude_keys=np.full(len(keys), keys[0]))
+    assert documents_of(after, ids) == {"d2", "d3", "d7"}  # d0 and d1 are one group
+    assert remove_documents(database, ids=["d1"]) == (0, 0)
+    assert Database.open(database).fingerprint == after.fingerprint
+    assert Database.open(database).describe()["removed_chunks"] > 0
+
+
+def test_a_document_may_come_back_after_its_removal(database, tiny_embedder, tmp_path):
+    inputs = write(tmp_path / "again.jsonl", [3])
+    with pytest.raises(UserError, match="already has a document 'd3'; remove it first"):
+        add_documents(database, inputs, tiny_embedder)
+    assert Segments.load(database).version == 0
+    remove_documents(database, ids=["d3"])
+    add_documents(database, inputs, tiny_embedder)
+    after = Database.open(database)
+    ids = everything(after, tiny_embedder)
+    assert "d3" in documents_of(after, ids) and not after.corpus.removed(ids[ids >= 0]).any()
+
+
+def test_mistakes_change_nothing(database, tiny_embedder, tmp_path):
+    with pytest.raises(UserError, match="has no document 'd77', 'd78'"):
+        remove_documents(database, ids=["d0", "d78", "d77"])
+    with pytest.raises(UserError, match="has no group 'x'"):
+        remove_documents(database, groups=["x"])
+    (tmp_path / "bad.jsonl").write_bytes(b'{"id": "n", "text": "\xff"}\n')
+    with pytest.raises(UserError, match=r"bad\.jsonl:1: not UTF-8"):
+        add_documents(database, [tmp_path / "bad.jsonl"], tiny_embedder)
+    assert not (database / "segments.json").exists()
+    with DirectoryLock(database, "wait"), pytest.raises(UserError, match="is in use by process"):
+        remove_documents(database, ids=["d0"])
+    remove_documents(database, ids=["d0"])
+    (database / "removed-00001.npy").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"removed-00001\.npy: checksum differs"):
+        Database.open(database)
+    (database / "segments.json").write_text("[]")
+    with pytest.raises(UserError, match="does not say what the database consists of"):
+        Database.open(database)
+
+
+def test_an_interrupted_addition_is_not_seen_and_goes_on(database, tiny_embedder, tmp_path, monkeypatch):
+    inputs = write(tmp_path / "new.jsonl", [6, 7])
+    before = Database.open(database).fingerprint
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(update, "build_index", stop)
+        with pytest.raises(KeyboardInterrupt):
+            add_documents(database, inputs, tiny_embedder)
+    assert Database.open(database).fingerprint == before
+    add_documents(database, inputs, tiny_embedder)
+    assert Database.open(database).corpus.segments.additions == ("00001",)
+
+
+def test_compaction_holds_what_was_left_and_nothing_else(database, make_corpus, tiny_embedder, tmp_path):
+    add_documents(database, write(tmp_path / "new.jsonl", [6, 7]), tiny_embedder)
+    remove_documents(database, ids=["d0", "d5", "d6"])
+    old = DatabaseCorpus(database)
+    compact_database(database, tmp_path / "DB2", num_shards=2)
+    corpus = Corpus(tmp_path / "DB2" / "corpus", verify=True)
+    direct = make_corpus([[record(1), record(2), record(3)], [record(4)], [record(7)]])
+    for name in ("tokens", "lengths", "byte_counts", "document_index", "document_keys", "continuation"):
+        chunks = np.arange(direct.num_chunks)
+        np.testing.assert_array_equal(getattr(corpus, name)(chunks), getattr(direct, name)(chunks))
+    assert [corpus.document(i) for i in range(5)] == [direct.document(i) for i in range(5)]
+    for key in ("documents", "chunks", "tokens", "bytes"):
+        assert corpus.manifest.counts[key] == direct.manifest.counts[key]
+    kept = np.flatnonzero(~old.removed(np.arange(old.num_chunks)))
+    folders = (database, database / "additions" / "00001")
+    vectors = np.concatenate([EmbeddingSet(folder / "embeddings")[0 : 10**6] for folder in folders])
+    copied = EmbeddingSet(tmp_path / "DB2" / "embeddings", verify=True)
+    np.testing.assert_array_equal(copied[0 : len(copied)], vectors[kept])
+    compacted, changed = Database.open(tmp_path / "DB2", tiny_embedder), Database.open(database)
+    number = np.full(old.num_chunks, -1)
+    number[kept] = np.arange(len(kept))
+    real = vectors[kept].any(1)
+    ours, theirs = compacted.search(vectors[kept][real], 4), changed.search(vectors[kept][real], 4)
+    np.testing.assert_array_equal(ours[0], np.where(theirs[0] >= 0, number[theirs[0]], -1))
+    # ScaNN's sums differ in the last bit with a vector's place in its shard.
+    np.testing.assert_allclose(ours[1], theirs[1], rtol=1e-6, atol=1e-7)
+    remove_documents(database, ids=["d1"])
+    with pytest.raises(UserError, match=r"inputs\.database"):
+        compact_database(database, tmp_path / "DB2", num_shards=2)
+
+
+def test_readers_never_see_half_a_change(database):
+    """While documents are removed one by one, every reading is of one version, whole."""
+    corpus = DatabaseCorpus(database)
+    records = [corpus.document(number) for number in range(6)]
+    ranges = [(each.first_chunk, each.first_chunk + each.chunks) for each in records]
+    seen, ended = [], threading.Event()
+
+    def read() -> None:
+        while not ended.is_set():
+            segments = Segments.load(database)
+            seen.append((segments.version, segments.removed.tolist()))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        for number in range(6):
+            remove_documents(database, ids=[f"d{number}"])
+    finally:
+        ended.set()
+        reader.join()
+    for version, removed in seen:
+        assert removed == merge_ranges(np.array(ranges[:version])).tolist()
+    assert seen
+
+
+def test_sequences_hold_neighbours_from_additions(database, make_corpus, tiny_embedder, tmp_path):
+    add_documents(database, write(tmp_path / "new.jsonl", [6, 7]), tiny_embedder)
+    queries = make_corpus([[record(6) | {"group": "another"}]])
+    embed_corpus(queries, tiny_embedder, tmp_path / "embeddings")
+    embeddings = EmbeddingSet(tmp_path / "embeddings")
+    find_neighbours(queries, database, tmp_path / "neighbours", k=3, embeddings=embeddings)
+    corpus, table = DatabaseCorpus(database), NeighbourTable(tmp_path / "neighbours")
+    nearest = table.ids(np.arange(queries.num_chunks))[:, 0]
+    worded = nearest >= 0
+    np.testing.assert_array_equal(corpus.tokens(nearest[worded]), queries.tokens(np.flatnonzero(worded)))
+    assert nearest.max() >= Corpus(database / "corpus").num_chunks
+    write_sequences(queries, table, corpus, tmp_path / "sequences", length=32, k=2)
+    first = SequenceSource(tmp_path / "sequences")[0]
+    np.testing.assert_array_equal(first["neighbours"][0, 0], corpus.neighbour_tokens(nearest[0]))

@@ -1,0 +1,75 @@
+"""The benchmark of search: its best point is the quickest that has the recall."""
+
+import sys
+
+import numpy as np
+import pytest
+from small_run import ROOT
+
+from retro_jax.errors import UserError
+from retro_jax.retrieval.exact import exact_search
+
+sys.path.insert(0, str(ROOT / "tools"))
+from benchmarks import retrieval, retrieval_plot, search_measure
+
+
+def unit(n: int, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    vectors = 2 * rng.normal(size=(40, 16))[rng.integers(0, 40, n)] + rng.normal(size=(n, 16))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+def point(recall: float, rate: float) -> dict:
+    return {"setting": [recall, rate], "recall": recall, "queries_per_second": rate}
+
+
+def test_a_curve_ends_where_nothing_is_left_to_find():
+    vectors, queries = unit(300), unit(20, seed=1)
+    _, squares = exact_search(queries, vectors, 2)
+
+    def search(block, setting):
+        return exact_search(block, vectors[:setting], 2)[0]
+
+    points = search_measure.curve(search, [100, 200, 300, 400], vectors, queries, squares, seconds=0.01, start=0.5)
+    assert [each["setting"] for each in points] == [200, 300]
+    assert points[-1]["recall"] == 1 > points[0]["recall"] >= 0.5
+    assert all(each["queries_per_second"] >= each["queries_per_second_median"] > 0 for each in points)
+
+
+def test_the_best_point_is_the_quickest_that_has_the_recall():
+    points = [point(0.9, 900), point(0.96, 300), point(0.95, 400), point(0.99, 100)]
+    assert retrieval.best(points, 0.95)["best"] == point(0.95, 400)
+    assert retrieval.best(points, 0.999)["best"] is None
+    assert retrieval_plot.frontier([*points, point(0.94, 350)]) == [(0.9, 900), (0.95, 400), (0.96, 300), (0.99, 100)]
+
+
+def test_our_line_and_the_comparison_without_peers(monkeypatch, tmp_path):
+    monkeypatch.setattr(retrieval, "QUERIES", 64)
+    settings = {"kind": "tree", "num_leaves": 40, "reorder": 32}
+    ours, comparison = retrieval.search_lines(unit(2500), [2000], peers=(), settings=settings, seconds=0.01)
+    assert ours["engine"] == "retro_jax" and ours["vectors"] == 2000 and ours["best"]["recall"] >= 0.95
+    assert ours["build_seconds"] > 0 and 16 * 4 < ours["bytes_per_vector"] < 400
+    assert comparison["best_peer"] is None and comparison["ratio_to_best_peer"] is None
+    assert comparison["queries_per_second"] == {"retro_jax": ours["best"]["queries_per_second"]}
+    retrieval_plot.plot_recall([ours, comparison], tmp_path / "plot.png")
+    retrieval_plot.plot_growth([ours, comparison], tmp_path / "growth.png")
+    assert all((tmp_path / name).stat().st_size > 5000 for name in ("plot.png", "growth.png"))
+
+
+def test_what_cannot_be_measured_is_said(tmp_path):
+    with pytest.raises(UserError, match="100 vectors are too few for 2,000 and 2,048 queries"):
+        next(retrieval.search_lines(unit(100), [2000]))
+    with pytest.raises(UserError, match="no such program"):
+        retrieval.environment(str(tmp_path / "python"))
+    with pytest.raises(UserError, match="lacks what the peers need"):
+        retrieval.environment(sys.executable)
+
+
+@pytest.mark.slow
+def test_every_peer_answers_the_same_queries(monkeypatch):
+    """Makes the peers' environment, so it needs a package index and a C++ compiler."""
+    monkeypatch.setattr(retrieval, "QUERIES", 64)
+    lines = list(retrieval.search_lines(unit(2500), [2000], settings={"kind": "tree", "num_leaves": 40}, seconds=0.01))
+    assert [line["engine"] for line in lines] == ["retro_jax", *retrieval.PEERS, "comparison"]
+    assert all(line["best"]["recall"] >= 0.95 and line["bytes_per_vector"] > 0 for line in lines[:-1])
+    assert lines[-1]["ratio_to_best_peer"] > 0

@@ -1,0 +1,174 @@
+"""Search beside its peers: queries a second against recall, build time and bytes a vector, on the same vectors.
+
+Our index stands beside FAISS (inverted lists with 4-bit codes and exact refinement, flat lists, a graph, exact search)
+and hnswlib, which live in an environment of their own, made on first use. Every engine builds with all cores, in a
+process of its own, and answers batches of 1,024 queries with `cores` of them. Queries are chunks that are not in the
+index.
+"""
+
+import math
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import children, search_measure
+from retro_jax.errors import UserError
+from retro_jax.retrieval.exact import exact_search
+
+CACHE = Path(__file__).resolve().parents[2] / ".cache" / "peers"
+HOME = CACHE / "search"
+PACKAGES = ("numpy==2.4.6", "faiss-cpu==1.15.1", "hnswlib==0.8.0", "packaging==26.3")
+IMPORTS = "import faiss, hnswlib, numpy"
+PEERS = ("faiss_fast_scan", "faiss_fast_scan_fine", "faiss_flat_lists", "faiss_hnsw", "hnswlib", "faiss_exact")
+QUERIES = 2048
+_LEAVES_SHARE = (
+    0.0025,
+    0.005,
+    0.0075,
+    0.01,
+    0.0125,
+    0.015,
+    0.02,
+    0.025,
+    0.03,
+    0.04,
+    0.05,
+    0.07,
+    0.1,
+    0.15,
+    0.2,
+    0.4,
+    1.0,
+)
+
+
+def environment(python: str | None, home: Path = HOME) -> str:
+    """The interpreter that has FAISS and hnswlib; made on first use.
+
+    Args:
+      python: one that has them already; None makes an environment.
+      home: where it is made.
+
+    Raises:
+      UserError: they are not there, or cannot be installed.
+    """
+    if python is not None:
+        if shutil.which(python) is None:
+            raise UserError(f"{python}: no such program")
+        found = subprocess.run([python, "-c", IMPORTS], capture_output=True, text=True, check=False)
+        if found.returncode:
+            raise UserError(f"{python} lacks what the peers need: {(found.stderr.splitlines() or ['no faiss'])[-1]}")
+        return python
+    inside, ready = home / "bin" / "python", home / "ready"
+    if not (ready.is_file() and ready.read_text() == "\n".join(PACKAGES)):
+        shutil.rmtree(home, ignore_errors=True)
+        pip = [sys.executable, "-m", "pip", "--python", str(inside), "--disable-pip-version-check"]
+        for command in (
+            [sys.executable, "-m", "venv", "--without-pip", str(home)],
+            # Without dependencies, of which there are none; hnswlib is compiled here.
+            [*pip, "install", "--quiet", "--no-deps", *PACKAGES],
+        ):
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            if result.returncode:
+                lines = [line for line in (result.stderr + result.stdout).splitlines() if line.strip()]
+                raise UserError(f"the peers cannot be installed: {lines[-1] if lines else result.returncode}")
+        ready.write_text("\n".join(PACKAGES))
+    return str(inside)
+
+
+def search_lines(
+    vectors: Any,
+    sizes: Sequence[int],
+    *,
+    peers: Sequence[str] = PEERS,
+    peer_python: str | None = None,
+    settings: dict[str, Any] | None = None,
+    goal: float = 0.95,
+    k: int = 2,
+    cores: int = 1,
+    seconds: float = search_measure.SECONDS,
+) -> Iterator[dict[str, Any]]:
+    """Measures every engine at every size; a line each, and at the end of a size one that compares them.
+
+    Args:
+      vectors: an `EmbeddingSet` or array [N, E]; the queries are taken behind the largest size.
+      sizes: vectors in the index.
+      peers: of `PEERS`.
+      peer_python: see `environment`.
+      settings: fields of `IndexSettings` of our index.
+      goal: recall@k at which the engines are compared.
+      k: neighbours.
+      cores: that may search.
+      seconds: of a round of searches.
+
+    Raises:
+      UserError: too few vectors, or a peer that cannot be installed.
+    """
+    rows = np.asarray(vectors[0 : min(len(vectors), max(sizes) + 4 * QUERIES)])
+    rows = rows[rows.any(1)]
+    if len(rows) < max(sizes) + QUERIES:
+        raise UserError(f"{len(rows):,} vectors are too few for {max(sizes):,} and {QUERIES:,} queries")
+    queries = rows[max(sizes) : max(sizes) + QUERIES]
+    python = environment(peer_python) if peers else ""
+    for size in sizes:
+        with tempfile.TemporaryDirectory() as directory:
+            job = _write(Path(directory), rows[:size], queries, k) | {"k": k, "cores": cores, "seconds": seconds}
+            common = {"benchmark": "retrieval", "vectors": size, "dimension": rows.shape[1], "k": k, "cores": cores}
+            lines = [{**common, "engine": "retro_jax", **_ours(Path(directory), job, settings or {})}]
+            yield lines[-1] | best(lines[-1]["points"], goal)
+            for engine in peers:
+                measured = children.run(python, "benchmarks.search_peers", {**job, "engine": engine})
+                lines.append({**common, "engine": engine, **measured})
+                yield lines[-1] | best(lines[-1]["points"], goal)
+            yield {**common, "engine": "comparison", **_compared(lines, goal)}
+
+
+def best(points: Sequence[dict[str, Any]], goal: float) -> dict[str, Any]:
+    """The quickest point that has the recall; None where no point has."""
+    enough = [point for point in points if point["recall"] >= goal]
+    if not enough:
+        return {"recall_goal": goal, "best": None}
+    return {"recall_goal": goal, "best": max(enough, key=lambda point: point["queries_per_second"])}
+
+
+def _ours(directory: Path, job: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    unit = bool(np.allclose(np.square(np.load(job["vectors"], mmap_mode="r")[:1000]).sum(1), 1, atol=1e-3))
+    job = {**job, "folder": str(directory / "ours"), "settings": settings, "unit": unit}
+    built = children.run(sys.executable, "benchmarks.search_ours", {**job, "do": "build"})
+    leaves = built["num_leaves"] or 1
+    shown = sorted({max(1, math.ceil(share * leaves)) for share in _LEAVES_SHARE})
+    depths = [settings["reorder"]] if "reorder" in settings else [16, 32, 64]
+    sweep = [[searched, depth] for searched in shown for depth in depths]
+    return {
+        "settings": settings,
+        **built,
+        **children.run(sys.executable, "benchmarks.search_ours", {**job, "do": "search", "sweep": sweep}),
+    }
+
+
+def _write(directory: Path, vectors: np.ndarray, queries: np.ndarray, k: int) -> dict[str, str]:
+    exact = exact_search(queries, vectors, k)[1]
+    paths = {}
+    for name, array in (("vectors", vectors), ("queries", queries), ("exact", exact)):
+        paths[name] = str(directory / f"{name}.npy")
+        np.save(paths[name], array)
+    return paths
+
+
+def _compared(lines: list[dict[str, Any]], goal: float) -> dict[str, Any]:
+    """Our rate over the best peer's, at the recall that is asked for."""
+    rates = {}
+    for line in lines:
+        point = best(line["points"], goal)["best"]
+        rates[line["engine"]] = None if point is None else point["queries_per_second"]
+    peers = {name: rate for name, rate in rates.items() if name != "retro_jax" and rate is not None}
+    strongest = max(peers, key=peers.get) if peers else None
+    ours = rates["retro_jax"]
+    ratio = ours / peers[strongest] if strongest and ours else None
+    return {"recall_goal": goal, "queries_per_second": rates, "best_peer": strongest, "ratio_to_best_peer": ratio}
