@@ -7,7 +7,7 @@ numbers, never the text that was sent.
 import dataclasses
 import hashlib
 import math
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import grpc
 import numpy as np
@@ -248,11 +248,6 @@ def merge(parts: list[Found], k: int) -> Found:
     return Found(ids, distances, sum(part.dropped for part in parts))
 
 
-def text_fingerprint(data: bytes) -> str:
+def file_fingerprint(data: bytes) -> str:
     """The fingerprint by which a tokenizer's model file is known."""
     return hashlib.sha256(data).hexdigest()[:16]
-
-
-def fields_of(message: Message) -> dict[str, Any]:
-    """A small message as a dict, for logs and print."""
-    return {field.name: getattr(message, field.name) for field in message.DESCRIPTOR.fields}
