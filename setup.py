@@ -8,6 +8,7 @@ DATA = [
     "tensorflow~=2.20.0",  # scann 1.4.2 does not import beside 2.21
     "tensorflow-text~=2.20.0",
     "scann~=1.4.2",
+    "scipy>=1.15",
     "apache-beam~=2.77",
 ]
 SERVE = [

@@ -4,7 +4,7 @@
     python tools/tune_index.py --embeddings=DB/embeddings --output=settings.json --vectors=100000 --cores=1
 
 It measures on --vectors vectors of the database, as many as a shard is to have; queries are chunks beside them. Leaves,
-spilling (SOAR), components a code, rescoring in bfloat16, depth of rescoring and leaves to search are tried; the file
+spilling (SOAR), components a code, float32 or bfloat16, depth of rescoring and leaves to search are tried; the file
 also has what was tried. The number of leaves is for that many vectors; how many are searched the build measures anew.
 """
 
@@ -48,7 +48,7 @@ def main() -> None:
     asked[np.random.default_rng(_SEED.value + 1).choice(len(rows), _QUERIES.value, replace=False)] = True
     unit = bool(embeddings.manifest.settings["embedder"].get("normalize"))
     tuner = Tuner(rows[~asked], rows[asked], unit=unit, k=_K.value, goal=_RECALL.value, seconds=_SECONDS.value)
-    with Progress("tuning", total=9 if unit else 7, unit="builds") as progress:
+    with Progress("tuning", total=8 if unit else 6, unit="builds") as progress:
         for trial in tuner.tune():
             progress.update(1)
             print(_line(trial))

@@ -3,7 +3,7 @@
     python tools/write_sequences.py --corpus=DB/corpus --neighbours=X/neighbours --database=DB \
         --output=X/sequences --length=2048 --k=2
 
-Run again after an interruption, it goes on behind the last finished shard.
+Run again after an interruption, it writes the shards that are not finished.
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ from absl import flags
 
 from retro_jax.data.corpus import Corpus
 from retro_jax.data.sequences import PACKINGS, write_sequences
-from retro_jax.program import run
+from retro_jax.program import beam_options, define_beam_flags, run
 from retro_jax.retrieval.neighbours import NeighbourTable
 
 _CORPUS = flags.DEFINE_string("corpus", None, "corpus to train on (tools/build_corpus.py)", required=True)
@@ -26,6 +26,7 @@ _PACKING = flags.DEFINE_enum(
 )
 _SHARD_RECORDS = flags.DEFINE_integer("shard_records", 8192, "sequences of a file", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "of the order", lower_bound=0)
+define_beam_flags()
 
 
 def main() -> None:
@@ -39,6 +40,7 @@ def main() -> None:
         packing=_PACKING.value,
         shard_records=_SHARD_RECORDS.value,
         seed=_SEED.value,
+        options=beam_options(),
     ).counts
     padding = counts["padding_tokens"] / (counts["sequences"] * _LENGTH.value)
     short = counts["chunks"] - counts["chunks_by_neighbours"][-1]

@@ -1,44 +1,28 @@
 """The corpus stage: documents to chunks of M tokens, and the memory-mapped reader of what it wrote.
 
-A document is [BOS] tokens [EOS], cut into chunks from its own start; the last chunk is padded. A chunk knows the UTF-8
-bytes its tokens stand for, and their sum over all chunks is the bytes of the documents. One input file is one shard.
+A chunk knows the UTF-8 bytes its tokens stand for, and their sum over all chunks is the bytes of the documents. One
+input file is one shard, and one unit of work (`chunking.py`).
 """
 
 import bisect
 import dataclasses
 import json
-import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
-from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from retro_jax.data.arrays import ArrayWriter
+from retro_jax.data.chunking import TOTALS, write_chunks
+from retro_jax.data.distribute import BeamOptions, Unit, distribute
+from retro_jax.data.sources import Source, repeated_rows, write_digests
 from retro_jax.data.stage import Manifest, Stage, file_sha256, load_manifest, shard_name, verify_checksums
-from retro_jax.data.text import Document, ReadCounts, common_root, read_documents
+from retro_jax.data.text import common_root, relative_names
 from retro_jax.data.tokenizer import Tokenizer
 from retro_jax.errors import UserError
-from retro_jax.progress import Progress
 
 TOKENIZER_FILE = "tokenizer.model"
-_DOCUMENT_DTYPE = np.dtype(
-    [("key", "<i8"), ("first_chunk", "<i8"), ("chunks", "<i8"), ("bytes", "<i8"), ("offset", "<i8")]
-)
-_TOTALS = ("documents", "chunks", "tokens", "bytes", "bad_lines", "empty_documents", "duplicate_documents")
-
-
-def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest little-endian unsigned type that holds every token id."""
-    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
-
-
-def document_key(group: str) -> int:
-    """63-bit non-negative number of a document's group; equal in every corpus."""
-    return int.from_bytes(blake2b(group.encode(), digest_size=8).digest(), "little") >> 1
 
 
 def build_corpus(
@@ -48,8 +32,12 @@ def build_corpus(
     *,
     chunk_length: int = 64,
     skip_bad: bool = False,
+    exclusions: str | Path | None = None,
+    options: BeamOptions | None = None,
 ) -> Manifest:
     """Tokenises documents and writes them as chunks; continues where an earlier run stopped.
+
+    A worker holds one document at a time, and 24 bytes for each document of its file while ids are compared.
 
     Args:
       inputs: files that `retro_jax.data.text.read_documents` reads; each becomes a shard.
@@ -57,45 +45,63 @@ def build_corpus(
       directory: what is written.
       chunk_length: M.
       skip_bad: count and leave out unreadable lines and documents whose id came before, instead of stopping.
+      exclusions: output of `retro_jax.data.duplicates.find_duplicates` for these inputs: documents to leave out.
+      options: where the files are worked off; default in this process.
 
     Raises:
-      UserError: bad input (with file and line), an id used twice, no document, or no chunk with M tokens.
+      UserError: bad input (with file and line), an id used twice, no document, or no chunk with M tokens; exclusions
+        that were found in other files.
     """
     inputs = [Path(path) for path in inputs]
     if not inputs:
         raise UserError("no input files are given; a corpus needs at least one")
     if chunk_length < 1:
         raise UserError(f"chunk_length must be at least 1, is {chunk_length}")
-    root = common_root(inputs)
+    options = options or BeamOptions()
+    checksums = [file_sha256(path)[:16] for path in inputs]
+    fingerprints = {
+        "tokenizer": tokenizer.fingerprint,
+        **dict(zip(relative_names(inputs), checksums, strict=True)),
+    }
+    excluded: list[str | None] = [None] * len(inputs)
+    if exclusions is not None:
+        fingerprints["exclusions"], excluded = _exclusions(Path(exclusions), inputs, checksums)
+    sources = [
+        Source(str(path.absolute()), str(common_root(inputs)), skip_bad, shard)
+        for path, shard in zip(inputs, excluded, strict=True)
+    ]
     settings = {"chunk_length": chunk_length, "skip_bad": skip_bad, "vocab_size": tokenizer.vocab_size}
-    fingerprints = {os.path.relpath(path, root): file_sha256(path)[:16] for path in inputs}
-    if len(fingerprints) < len(inputs):
-        raise UserError("an input file is named twice")
-    sizes = [path.stat().st_size for path in inputs]
-    with Stage(
-        directory, "corpus", settings=settings, inputs={"tokenizer": tokenizer.fingerprint, **fingerprints}
-    ) as stage:
+    with Stage(directory, "corpus", settings=settings, inputs=fingerprints) as stage:
         if stage.complete:
             return stage.manifest
-        names = [_shard_names(i, len(inputs)) for i in range(len(inputs))]
-        finished = [all(map(stage.has, shard)) for shard in names]
-        seen = _SeenIds(stage.directory)
-        initial = sum(size for size, done in zip(sizes, finished, strict=True) if done)
-        with Progress("corpus", total=sum(sizes), unit="bytes", initial=initial) as progress:
-            for path, shard, done in zip(inputs, names, finished, strict=True):
-                if not done:
-                    _write_shard(stage, shard, path, root, tokenizer, chunk_length, skip_bad, seen, progress)
-                seen.close_shard(shard[2])
-            counts = {key: sum(stage.counts(shard[0])[key] for shard in names) for key in (*_TOTALS, "complete_chunks")}
-            if counts["complete_chunks"] == 0:
-                stage.discard()
-                if counts["documents"] == 0:
-                    raise UserError(
-                        f"{_described(inputs)}: no document with text in it, so there is no corpus to build"
-                    )
-                raise UserError(
-                    f"{_described(inputs)}: no document fills a chunk of {chunk_length} tokens; give longer text"
+        sizes = [path.stat().st_size for path in inputs]
+        shards = [_shard_names(i, len(inputs)) for i in range(len(inputs))]
+        if not all(stage.has(name) for names in shards for name in names):
+            repeated = _repeated(stage, sources, sizes, options)
+            units = [
+                Unit(
+                    names,
+                    {
+                        "source": dataclasses.asdict(source),
+                        "repeated": rows,
+                        "tokenizer": str(tokenizer.path.absolute()),
+                        "chunk_length": chunk_length,
+                        "shards": names,
+                    },
+                    size,
                 )
+                for names, source, rows, size in zip(shards, sources, repeated, sizes, strict=True)
+            ]
+            distribute(stage, units, write_chunks, options, label="corpus", unit="bytes")
+        stage.keep([name for names in shards for name in names])
+        counts = {key: sum(stage.counts(names[-1])[key] for names in shards) for key in TOTALS}
+        if counts["complete_chunks"] == 0:
+            stage.discard()
+            if counts["documents"] == 0:
+                raise UserError(f"{_described(inputs)}: no document with text in it, so there is no corpus to build")
+            raise UserError(
+                f"{_described(inputs)}: no document fills a chunk of {chunk_length} tokens; give longer text"
+            )
         with stage.shard(TOKENIZER_FILE) as (temporary, _):
             shutil.copyfile(tokenizer.path, temporary)
         return stage.finish(counts)
@@ -211,13 +217,10 @@ class Corpus:
         shard, row = self._document_row(index)
         return int(row["first_chunk"] + self.shard_offsets[shard]), int(row["chunks"])
 
-    def document_ranges(self) -> tuple[np.ndarray, np.ndarray]:
-        """int64 [documents] each: first chunk id and number of chunks of every document."""
-        firsts = [
-            table["first_chunk"] + offset
-            for table, offset in zip(self._documents, self.shard_offsets[:-1], strict=True)
-        ]
-        return np.concatenate(firsts), np.concatenate([table["chunks"] for table in self._documents])
+    def document_ranges(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """For each shard int64 [its documents] twice: first chunk id and number of chunks of every document."""
+        for table, offset in zip(self._documents, self.shard_offsets[:-1], strict=True):
+            yield table["first_chunk"] + offset, table["chunks"]
 
     def document(self, index: int) -> DocumentRecord:
         """Name, group, metadata and size of document `index`."""
@@ -286,130 +289,50 @@ def _offsets(arrays: list[np.ndarray]) -> np.ndarray:
     return np.concatenate([[0], np.cumsum([len(array) for array in arrays])]).astype(np.int64)
 
 
+def _exclusions(directory: Path, inputs: list[Path], checksums: list[str]) -> tuple[str, list[str]]:
+    """Fingerprint of the exclusions, and for each input the file that says what is left out of it."""
+    manifest = load_manifest(directory, "duplicates")
+    shards = {checksum: str((directory / name).absolute()) for name, checksum in manifest.settings["files"].items()}
+    for path, checksum in zip(inputs, checksums, strict=True):
+        if checksum not in shards:
+            raise UserError(f"{path}: {directory} was not made for this file; make it again for these inputs")
+    return manifest.fingerprint, [shards[checksum] for checksum in checksums]
+
+
+def _repeated(stage: Stage, sources: list[Source], sizes: list[int], options: BeamOptions) -> list[str | None]:
+    """For each source a file with its rows whose id came before, or None when there are none."""
+    count = len(sources)
+    shards = [shard_name("digests", i, count, ".npy") for i in range(count)]
+    units = [
+        Unit((shard,), {"source": dataclasses.asdict(source), "shard": shard}, size)
+        for shard, source, size in zip(shards, sources, sizes, strict=True)
+    ]
+    try:
+        distribute(stage, units, write_digests, options, label="reading", unit="bytes")
+        repeated = repeated_rows(sources, [stage.directory / shard for shard in shards])
+    except UserError:
+        stage.reload()
+        if not any(stage.has(name) for i in range(count) for name in _shard_names(i, count)):
+            stage.discard()  # a mended input must not find the traces of the bad one
+        raise
+    files: list[str | None] = []
+    for i, rows in enumerate(repeated):
+        name = shard_name("repeated", i, count, ".npy")
+        if len(rows) and not stage.has(name):
+            with stage.shard(name) as (path, _), open(path, "wb") as file:
+                np.save(file, rows)
+        files.append(str((stage.directory / name).absolute()) if len(rows) else None)
+    return files
+
+
 def _shard_names(index: int, count: int) -> tuple[str, str, str]:
+    """Of names, documents and chunks."""
     return (
-        shard_name("chunks", index, count, ".npy"),
-        shard_name("documents", index, count, ".npy"),
         shard_name("documents", index, count, ".jsonl"),
+        shard_name("documents", index, count, ".npy"),
+        shard_name("chunks", index, count, ".npy"),
     )
-
-
-def _write_shard(
-    stage: Stage,
-    names: tuple[str, str, str],
-    path: Path,
-    root: Path,
-    tokenizer: Tokenizer,
-    chunk_length: int,
-    skip_bad: bool,
-    seen: "_SeenIds",
-    progress: Progress,
-) -> None:
-    """Writes the chunks, the table of documents and their names for one input file."""
-    chunk_dtype = np.dtype(
-        [
-            ("tokens", token_dtype(tokenizer.vocab_size), (chunk_length,)),
-            ("length", "<u2" if chunk_length < 2**16 else "<u4"),
-            ("bytes", "<u4"),
-            ("document", "<u4"),
-        ]
-    )
-    read = ReadCounts()
-    totals = dict.fromkeys((*_TOTALS, "complete_chunks"), 0)
-    shown = 0
-    with (
-        stage.shard(names[2]) as (records_path, _),
-        stage.shard(names[1]) as (documents_path, _),
-        stage.shard(names[0]) as (chunks_path, counts),
-    ):
-        with (
-            ArrayWriter(chunks_path, chunk_dtype) as chunks,
-            ArrayWriter(documents_path, _DOCUMENT_DTYPE) as documents,
-            open(records_path, "wb") as records,
-        ):
-            for document in read_documents([path], skip_bad=skip_bad, counts=read, root=root):
-                progress.update(read.position - shown)
-                shown = read.position
-                if (earlier := seen.add(document)) is not None:
-                    if not skip_bad:
-                        raise UserError(f"{document.place}: the id {document.id!r} was already used at {earlier}")
-                    totals["duplicate_documents"] += 1
-                    continue
-                rows = _cut_into_chunks(document.text, tokenizer, chunk_dtype, documents.rows)
-                entry = (document_key(document.group), chunks.rows, len(rows), rows["bytes"].sum(), records.tell())
-                documents.append(np.array([entry], _DOCUMENT_DTYPE))
-                chunks.append(rows)
-                records.write(_record_line(document))
-                totals["documents"] += 1
-                totals["chunks"] += len(rows)
-                totals["tokens"] += int(rows["length"].sum())
-                totals["bytes"] += int(rows["bytes"].sum())
-                totals["complete_chunks"] += int((rows["length"] == chunk_length).sum())
-        progress.update(read.position - shown)
-        counts.update(totals, bad_lines=read.bad_lines, empty_documents=read.empty_documents)
-
-
-def _cut_into_chunks(text: str, tokenizer: Tokenizer, dtype: np.dtype, document: int) -> np.ndarray:
-    """Chunk rows of one document."""
-    chunk_length = dtype["tokens"].shape[0]
-    ids = np.array([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id], np.int64)
-    rows = np.zeros(-(-len(ids) // chunk_length), dtype)
-    padded = np.full(len(rows) * chunk_length, tokenizer.pad_id, np.int64)
-    padded[: len(ids)] = ids
-    rows["tokens"] = padded.reshape(-1, chunk_length)
-    rows["length"] = chunk_length
-    rows["length"][-1] = len(ids) - (len(rows) - 1) * chunk_length
-    rows["bytes"] = tokenizer.token_bytes[padded].reshape(-1, chunk_length).sum(axis=1)
-    rows["document"] = document
-    if rows["bytes"].sum(dtype=np.int64) != len(text.encode()):
-        raise AssertionError(f"document {document}: bytes of the tokens differ from bytes of the text")
-    return rows
-
-
-def _record_line(document: Document) -> bytes:
-    record: dict[str, Any] = {"id": document.id, "group": document.group, "metadata": document.metadata}
-    return (json.dumps(record, ensure_ascii=False) + "\n").encode()
 
 
 def _described(paths: Sequence[Path]) -> str:
     return str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
-
-
-class _SeenIds:
-    """Finds an id that came before, also in shards of an earlier run, with 8 bytes an id for finished shards."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._names: list[str] = []
-        self._finished = np.zeros(0, np.uint64)
-        self._current: dict[int, tuple[str, str]] = {}
-
-    def add(self, document: Document) -> str | None:
-        """Remembers a document; gives the place of an earlier one with its id, or None."""
-        number = _id_hash(document.id)
-        if number in self._current and self._current[number][0] == document.id:
-            return self._current[number][1]
-        place = np.searchsorted(self._finished, np.uint64(number))
-        if place < len(self._finished) and int(self._finished[place]) == number:
-            for name in self._names:  # two ids may share a hash: look at the names themselves
-                for identity, row in self._read(name):
-                    if identity == document.id:
-                        return f"document {row} of {self._directory / name}"
-        self._current[number] = (document.id, document.place)
-        return None
-
-    def close_shard(self, name: str) -> None:
-        """Moves on to the next shard; `name` is the finished shard's .jsonl."""
-        numbers = np.array([_id_hash(identity) for identity, _ in self._read(name)], np.uint64)
-        self._finished = np.sort(np.concatenate([self._finished, numbers]))
-        self._names.append(name)
-        self._current = {}
-
-    def _read(self, name: str) -> Any:
-        with open(self._directory / name, "rb") as file:
-            for row, line in enumerate(file):
-                yield json.loads(line)["id"], row
-
-
-def _id_hash(identity: str) -> int:
-    return int.from_bytes(blake2b(identity.encode(), digest_size=8).digest(), "little")

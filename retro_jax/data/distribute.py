@@ -140,6 +140,8 @@ def work_off(message: str) -> None:
         writer.advance(fields["size"] - writer.advanced)
     except UserError as error:
         _leave_failure(note, {"message": str(error)})
+    except KeyboardInterrupt:  # Beam would make a RuntimeError of it
+        _leave_failure(note, {"interrupted": True})
     except OSError as error:
         _leave_failure(note, {"errno": error.errno, "strerror": error.strerror or str(error), "file": error.filename})
     except Exception:
@@ -280,6 +282,8 @@ def _raise_failure(note: Path) -> None:
         return
     if "message" in failure:
         raise UserError(failure["message"])
+    if "interrupted" in failure:
+        raise KeyboardInterrupt
     if "errno" in failure:
         raise OSError(failure["errno"], failure["strerror"], failure["file"])
     raise RuntimeError(f"a worker failed:\n{failure.get('traceback')}")

@@ -11,7 +11,7 @@ from functools import cached_property
 
 import numpy as np
 
-from retro_jax.data.corpus import token_dtype
+from retro_jax.data.chunking import token_dtype
 from retro_jax.errors import UserError
 
 

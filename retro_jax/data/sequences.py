@@ -2,29 +2,54 @@
 
 import dataclasses
 import functools
+import importlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+import grain
 import numpy as np
 
+from retro_jax.data.arrays import ArrayWriter
 from retro_jax.data.corpus import TOKENIZER_FILE, Corpus
+from retro_jax.data.distribute import BeamOptions, Unit, distribute
 from retro_jax.data.records import SequenceSchema
-from retro_jax.data.stage import Manifest, Stage, load_manifest, shard_name
+from retro_jax.data.stage import Manifest, ShardWriter, Stage, load_manifest, shard_name
 from retro_jax.data.tfrecord import FRAME_BYTES, FixedStrideReader, RecordWriter
 from retro_jax.errors import UserError
-from retro_jax.progress import Progress
 
 PACKINGS = ("document", "packed")
+_SPANS = "spans.npy"
+_SPANS_AT_ONCE = 1_000_000
 _TOTALS = ("sequences", "chunks", "tokens", "bytes")
 _BLOCK = 64
 _OPEN_SHARDS = 128
 _READ_DTYPES = {"u": np.dtype(np.int32), "i": np.dtype(np.int64), "f": np.dtype(np.float32)}
 
 
-class NeighbourTable(Protocol):
-    """What is needed of precomputed neighbours, keyed by chunk of the query corpus."""
+class NeighbourText(Protocol):
+    """What is needed of the chunks that neighbours are, a `Corpus` for example; opened again like the neighbours."""
 
+    directory: Path
+    fingerprint: str
+    tokenizer_fingerprint: str
+    chunk_length: int
+
+    def document_keys(self, ids: np.ndarray) -> np.ndarray:
+        """int64 [...]: key of the group of each chunk's document, -1 for -1."""
+
+    def neighbour_tokens(self, ids: np.ndarray) -> np.ndarray:
+        """int32 [..., R]: chunk and continuation, PAD where missing."""
+
+
+class NeighbourTable(Protocol):
+    """What is needed of precomputed neighbours, keyed by chunk of the query corpus.
+
+    A worker opens them again, with their class and their directory.
+    """
+
+    directory: Path
     k: int
     fingerprint: str
     corpus_fingerprint: str
@@ -41,7 +66,7 @@ class NeighbourTable(Protocol):
 def write_sequences(
     corpus: Corpus,
     neighbours: NeighbourTable,
-    database_corpus: Corpus,
+    database_corpus: NeighbourText,
     directory: str | Path,
     *,
     length: int,
@@ -49,11 +74,13 @@ def write_sequences(
     packing: str = "document",
     shard_records: int = 8192,
     seed: int = 0,
+    options: BeamOptions | None = None,
 ) -> Manifest:
     """Cuts a corpus into sequences of T tokens with the neighbours of every chunk by value, in random order.
 
     A chunk gets its first k neighbours in order of rank that share no document group with any document of the
-    sequence (paper section 2.3); chunks with fewer are counted by `chunks_by_neighbours` in the manifest.
+    sequence (paper section 2.3); chunks with fewer are counted by `chunks_by_neighbours` in the manifest. What is read
+    is mapped, not loaded, and the order is computed place by place, so memory does not grow with the corpus.
 
     Args:
       corpus: what is trained on.
@@ -65,7 +92,8 @@ def write_sequences(
       packing: "document": a sequence holds one document, its tail is padded. "packed": it holds consecutive chunks
         whatever their document, so only last chunks of documents have padding.
       shard_records: sequences of a shard.
-      seed: of the order.
+      seed: of the order, 0 to 2^32 - 1.
+      options: where the shards are written; default in this process.
 
     Raises:
       UserError: inputs that do not belong together, or settings that cannot be.
@@ -88,35 +116,57 @@ def write_sequences(
     with Stage(directory, "sequences", settings=settings, inputs=inputs) as stage:
         if stage.complete:
             return stage.manifest
-        starts, ends = _spans(corpus, schema.chunks, packing)
-        order = np.random.default_rng(seed).permutation(len(starts))
-        shards = -(-len(order) // shard_records)
+        if not stage.has(_SPANS):
+            with stage.shard(_SPANS) as (path, counts):
+                with ArrayWriter(path, np.dtype("<i8"), (2,)) as writer:
+                    for spans in _spans(corpus, schema.chunks, packing):
+                        writer.append(spans)
+                counts["sequences"] = writer.rows
+        total = stage.counts(_SPANS)["sequences"]
+        shards = -(-total // shard_records)
         names = [shard_name("sequences", i, shards, ".tfrecord") for i in range(shards)]
-        initial = sum(stage.counts(name)["sequences"] for name in names if stage.has(name))
-        with Progress("sequences", total=len(order), unit="sequences", initial=initial) as progress:
-            for i, name in enumerate(names):
-                if stage.has(name):
-                    continue
-                chosen = order[i * shard_records : (i + 1) * shard_records]
-                totals = dict.fromkeys(_TOTALS, 0)
-                histogram = np.zeros(k + 1, np.int64)
-                with stage.shard(name) as (path, counts):
-                    with RecordWriter(path) as writer:
-                        for first in range(0, len(chosen), _BLOCK):
-                            block = chosen[first : first + _BLOCK]
-                            ids = _chunk_ids(starts[block], ends[block], schema.chunks)
-                            examples = _examples(ids, corpus, neighbours, database_corpus, schema, packing)
-                            for row in range(len(block)):
-                                writer.write(schema.encode({key: value[row] for key, value in examples.items()}))
-                            _count(ids, examples, corpus, totals, histogram)
-                            progress.update(len(block))
-                    counts.update(totals, chunks_by_neighbours=histogram.tolist())
+        units = []
+        for i, name in enumerate(names):
+            first, end = i * shard_records, min((i + 1) * shard_records, total)
+            arguments = {
+                "shard": name,
+                "places": [first, end],
+                "seed": seed,
+                "packing": packing,
+                "schema": dataclasses.asdict(schema),
+                "opened": [_reference(entry) for entry in (corpus, neighbours, database_corpus)],
+            }
+            units.append(Unit((name,), arguments, end - first))
+        distribute(stage, units, write_shard, options or BeamOptions(), label="sequences", unit="sequences")
+        stage.keep(names)
         counts = {key: sum(stage.counts(name)[key] for name in names) for key in _TOTALS}
         counts["padding_tokens"] = counts["sequences"] * length - counts["tokens"]
         counts["chunks_by_neighbours"] = np.sum([stage.counts(n)["chunks_by_neighbours"] for n in names], 0).tolist()
         with stage.shard(TOKENIZER_FILE) as (path, _):
             shutil.copyfile(corpus.directory / TOKENIZER_FILE, path)
         return stage.finish(counts)
+
+
+def write_shard(writer: ShardWriter, arguments: dict[str, Any]) -> None:
+    """Unit of work: the sequences at some places of the shuffled order, into the shard `arguments["shard"]`."""
+    corpus, neighbours, database = (_open(*reference) for reference in arguments["opened"])
+    schema = SequenceSchema(**arguments["schema"])
+    spans = np.load(writer.directory / _SPANS, mmap_mode="r")
+    order = grain.MapDataset.range(len(spans)).shuffle(seed=arguments["seed"])
+    chosen = np.array([order[place] for place in range(*arguments["places"])])
+    totals = dict.fromkeys(_TOTALS, 0)
+    histogram = np.zeros(schema.neighbours + 1, np.int64)
+    with writer.shard(arguments["shard"]) as (path, counts):
+        with RecordWriter(path) as records:
+            for first in range(0, len(chosen), _BLOCK):
+                starts, ends = spans[chosen[first : first + _BLOCK]].T
+                ids = _chunk_ids(starts, ends, schema.chunks)
+                examples = _examples(ids, corpus, neighbours, database, schema, arguments["packing"])
+                for row in range(len(ids)):
+                    records.write(schema.encode({key: value[row] for key, value in examples.items()}))
+                _count(ids, examples, corpus, totals, histogram)
+                writer.advance(len(ids))
+        counts.update(totals, chunks_by_neighbours=histogram.tolist())
 
 
 class SequenceSource:
@@ -186,7 +236,7 @@ class SequenceSource:
 
 
 def _check_inputs(
-    corpus: Corpus, neighbours: NeighbourTable, database: Corpus, k: int, packing: str, shard_records: int
+    corpus: Corpus, neighbours: NeighbourTable, database: NeighbourText, k: int, packing: str, shard_records: int
 ) -> None:
     if packing not in PACKINGS:
         raise UserError(f"packing {packing!r} is none of {', '.join(PACKINGS)}")
@@ -207,17 +257,32 @@ def _check_inputs(
         )
 
 
-def _spans(corpus: Corpus, chunks: int, packing: str) -> tuple[np.ndarray, np.ndarray]:
-    """First chunk and end of every sequence, int64 [sequences] each, in corpus order."""
+def _reference(opened: Any) -> tuple[str, str, str, str]:
+    """How a worker opens the same thing: module and name of its class, directory, fingerprint."""
+    kind = type(opened)
+    return kind.__module__, kind.__qualname__, str(Path(opened.directory).absolute()), opened.fingerprint
+
+
+@functools.lru_cache(3)
+def _open(module: str, name: str, directory: str, fingerprint: str) -> Any:
+    opened = getattr(importlib.import_module(module), name)(directory)
+    if opened.fingerprint != fingerprint:
+        raise UserError(f"{directory} has changed since the sequences were begun; write them to another directory")
+    return opened
+
+
+def _spans(corpus: Corpus, chunks: int, packing: str) -> Iterator[np.ndarray]:
+    """First chunk and end of every sequence, blocks of int64 [n, 2] in corpus order."""
     if packing == "packed":
-        starts = np.arange(0, corpus.num_chunks, chunks, dtype=np.int64)
-        return starts, np.minimum(starts + chunks, corpus.num_chunks)
-    firsts, counts = corpus.document_ranges()
-    sequences = -(-counts // chunks)
-    offsets = np.cumsum(sequences) - sequences
-    within = np.arange(sequences.sum()) - np.repeat(offsets, sequences)
-    starts = np.repeat(firsts, sequences) + within * chunks
-    return starts, np.minimum(starts + chunks, np.repeat(firsts + counts, sequences))
+        for first in range(0, corpus.num_chunks, chunks * _SPANS_AT_ONCE):
+            starts = np.arange(first, min(first + chunks * _SPANS_AT_ONCE, corpus.num_chunks), chunks)
+            yield np.stack([starts, np.minimum(starts + chunks, corpus.num_chunks)], axis=1)
+        return
+    for firsts, counts in corpus.document_ranges():
+        sequences = -(-counts // chunks)
+        within = np.arange(sequences.sum()) - np.repeat(np.cumsum(sequences) - sequences, sequences)
+        starts = np.repeat(firsts, sequences) + within * chunks
+        yield np.stack([starts, np.minimum(starts + chunks, np.repeat(firsts + counts, sequences))], axis=1)
 
 
 def _chunk_ids(starts: np.ndarray, ends: np.ndarray, chunks: int) -> np.ndarray:
@@ -230,7 +295,7 @@ def _examples(
     ids: np.ndarray,
     corpus: Corpus,
     table: NeighbourTable,
-    database: Corpus,
+    database: NeighbourText,
     schema: SequenceSchema,
     packing: str,
 ) -> dict[str, np.ndarray]:
@@ -262,7 +327,7 @@ def _last_labels(ids: np.ndarray, corpus: Corpus, packing: str) -> np.ndarray:
 
 
 def _filtered(
-    ids: np.ndarray, keys: np.ndarray, table: NeighbourTable, database: Corpus, k: int
+    ids: np.ndarray, keys: np.ndarray, table: NeighbourTable, database: NeighbourText, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """First k neighbours of each chunk [n, L] that share no key with the sequence: ids and distances [n, L, K]."""
     n, L = ids.shape

@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -329,6 +329,11 @@ class Stage:
         self._shards.pop(name, None)
         (self.directory / (name + _DONE)).unlink(missing_ok=True)
         (self.directory / name).unlink(missing_ok=True)
+
+    def keep(self, names: Sequence[str]) -> None:
+        """Takes back every shard that is not among the names: what was needed only to make these."""
+        for name in sorted(self._shards.keys() - set(names)):
+            self.drop(name)
 
     def finish(self, counts: dict[str, Any]) -> Manifest:
         """Writes the manifest (shards in order of name) and removes the side files."""

@@ -139,6 +139,19 @@ def common_root(paths: Sequence[Path]) -> Path:
     return Path(os.path.commonpath([path.absolute().parent for path in paths])) if paths else Path(".")
 
 
+def relative_names(paths: Sequence[Path]) -> list[str]:
+    """Names of the files relative to their common root.
+
+    Raises:
+      UserError: a file is there twice.
+    """
+    root = common_root(paths)
+    names = [os.path.relpath(path, root) for path in paths]
+    if len(set(names)) < len(names):
+        raise UserError("an input file is named twice")
+    return names
+
+
 def _check_kind(path: Path) -> None:
     if path.is_dir():
         raise UserError(f"{path} is a directory; name its files, for example '{path}/*.jsonl'")

@@ -31,6 +31,7 @@ _MAX_SENTENCE_CHARACTERS = 4096
 # The search for the best split adds scores up in float32, so a document is given to it in parts of about this size.
 _PART_CHARACTERS = 4096
 _MAX_PART_CHARACTERS = 65_536
+_PARTS_AT_ONCE = 64  # their tokens are Python objects for a while
 _LINE_END = re.compile("\n+")
 _PROBE = " a  b\n\n\tc\u2581\U0001f600\x00 <s> "
 
@@ -165,18 +166,24 @@ class Tokenizer:
         Raises:
           UserError: a lone surrogate, which is no character (Python makes them of bytes that are not UTF-8).
         """
+        return self.encode_array(text).tolist()
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """Like `encode`, as int32 [tokens]; a long text needs four bytes a token besides its own."""
         if not text.isascii():
             try:
                 text.encode()
             except UnicodeEncodeError:
                 raise UserError("the text holds a lone surrogate, or bytes that are not UTF-8") from None
-        ids: list[int] = []
+        ids: list[np.ndarray] = [np.zeros(0, np.int32)]
         for position, plain in enumerate(text.split(_SPACE_MARK)):
             if position:
-                ids += self._space_mark_ids
-            for part in self._processor.encode(_parts(plain), num_threads=1):
-                ids += part
-        return ids
+                ids.append(np.array(self._space_mark_ids, np.int32))
+            parts = _parts(plain)
+            for start in range(0, len(parts), _PARTS_AT_ONCE):
+                encoded = self._processor.encode(parts[start : start + _PARTS_AT_ONCE], num_threads=1)
+                ids += [np.array(part, np.int32) for part in encoded]
+        return np.concatenate(ids)
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         """The bytes of the tokens, joined; special tokens give nothing."""

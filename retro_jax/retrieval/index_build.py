@@ -31,7 +31,7 @@ from retro_jax.retrieval.index import (
     shard_folder,
 )
 from retro_jax.retrieval.index_settings import IndexSettings, shards_for
-from retro_jax.retrieval.probes import DEPTHS, draw_probes, exact_answers, measured, merged, recall_at, require_finite
+from retro_jax.retrieval.probes import DEPTHS, draw_probes, exact_answers, measure, merged, recall_at, require_finite
 from retro_jax.retrieval.router import Router, fit_cells, group_cells, squared_to_cells
 from retro_jax.retrieval.scann_shard import ScannShard
 
@@ -148,11 +148,11 @@ def build_shard(writer: ShardWriter, arguments: dict[str, Any]) -> None:
     ids, vectors = _vectors_of_shard(writer.directory, embeddings, arguments)
     probes = np.load(writer.directory / PROBES, mmap_mode="r", allow_pickle=False)
     answers = exact_answers(probes, vectors, ids)
-    settings = IndexSettings(kind="brute_force").resolve(1, embeddings.dimension, unit=arguments["unit"])
+    settings = IndexSettings("brute_force").resolve(1, embeddings.dimension, unit=arguments["unit"])
     if len(ids):
         asked = IndexSettings(**arguments["settings"])
         searcher = ScannShard.build(vectors, asked.resolve(len(ids), embeddings.dimension, unit=arguments["unit"]))
-        answers = measured(searcher, probes, vectors, ids, arguments["min_recall"])
+        measure(searcher, probes, vectors, ids, answers, asked, arguments["min_recall"])
         settings = searcher.settings
         scratch = writer.directory / f"{folder}-unfinished"
         try:

@@ -6,13 +6,14 @@ neighbours does; equally near vectors count alike.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from retro_jax.errors import UserError
 from retro_jax.retrieval.exact import exact_search
+from retro_jax.retrieval.index_settings import IndexSettings
 from retro_jax.retrieval.scann_shard import ScannShard
 
 DEPTHS = (2, 10)  # recall@2 and @10
@@ -108,26 +109,49 @@ def recall_at(k: int, probes: np.ndarray, answers: np.ndarray) -> float:
     return float(np.minimum(hits, possible).sum() / possible.sum()) if possible.any() else 1.0
 
 
-def measured(
-    searcher: ScannShard, probes: np.ndarray, vectors: np.ndarray, ids: np.ndarray, min_recall: float
-) -> np.ndarray:
-    """The shard's `ANSWERS`, after `searcher.settings` were given what they leave to measurement.
+def measure(
+    searcher: ScannShard,
+    probes: np.ndarray,
+    vectors: np.ndarray,
+    ids: np.ndarray,
+    answers: np.ndarray,
+    asked: IndexSettings,
+    min_recall: float,
+) -> None:
+    """Fills in what a shard's index finds, after `searcher.settings` were given what was left to measurement.
 
-    Leaves are added until the shard reaches the wanted recall@2, and a little more for the error of a sample, or has no
-    more. Where the settings name the leaves, only the answers are made.
+    Leaves are added until the shard reaches the wanted recall@2, and a little more for the error of a sample; when a
+    quarter of them does not, twice as many candidates are rescored, and so on; the last try goes to all leaves.
+
+    Args:
+      searcher: of the shard.
+      probes: of `probe_dtype`.
+      vectors, ids: of the shard.
+      answers: with the exact part.
+      asked: what is named there, leaves to search or candidates, is left as it is.
+      min_recall: wanted.
     """
-    answers = exact_answers(probes, vectors, ids)
-    settings = searcher.settings
-    measuring = settings.kind == "tree" and settings.leaves_to_search is None
-    leaves = max(1, settings.num_leaves // 200) if measuring else None
-    while True:
-        if measuring:
-            searcher.settings = dataclasses.replace(settings, leaves_to_search=leaves)
+    for settings in _attempts(searcher.settings, asked):
+        searcher.settings = settings
         ask(searcher, probes, vectors, ids, answers)
-        enough = recall_at(2, probes, answers) >= min(1.0, min_recall + _MARGIN)
-        if not measuring or enough or leaves == settings.num_leaves:
-            return answers
-        leaves = min(settings.num_leaves, max(leaves + 1, round(leaves * _STEP)))
+        if recall_at(2, probes, answers) >= min(1.0, min_recall + _MARGIN):
+            return
+
+
+def _attempts(settings: IndexSettings, asked: IndexSettings) -> Iterator[IndexSettings]:
+    """What a shard is searched with, from little work to much."""
+    if settings.kind == "brute_force":
+        yield settings
+        return
+    depths = [settings.reorder * (1 if asked.reorder else 2**step) for step in range(1 if asked.reorder else 5)]
+    for depth in depths:
+        leaves = asked.leaves_to_search or max(1, settings.num_leaves // 200)
+        while True:
+            yield dataclasses.replace(settings, leaves_to_search=min(leaves, settings.num_leaves), reorder=depth)
+            enough = settings.num_leaves if depth == depths[-1] else settings.num_leaves // 4
+            if asked.leaves_to_search or leaves >= enough:
+                break
+            leaves = min(settings.num_leaves, max(leaves + 1, round(leaves * _STEP)))
 
 
 def merged(shards: Sequence[np.ndarray], visits: np.ndarray | None = None) -> np.ndarray:

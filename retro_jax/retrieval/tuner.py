@@ -1,6 +1,6 @@
 """Finds the settings of an index by measurement: the quickest that reach a recall, on a database's own vectors.
 
-One setting is varied at a time and the best value is kept: leaves, spilling, components a code, rescoring in bfloat16.
+One setting is varied at a time and the best value is kept: leaves, spilling, components a code, the type of rescoring.
 For each that is built, the depth of rescoring is tried, and the leaves to search are the fewest that reach the recall.
 """
 
@@ -17,8 +17,8 @@ from retro_jax.retrieval.scann_shard import ScannShard
 
 BATCH = 1024
 DEPTHS = (12, 16, 24, 32, 48, 64, 96, 128)  # candidates rescored, for each neighbour from 2 on as many times
-LEAVES = (0.5, 2.0, 4.0)  # times the rule's
-SPILLS = (1.0, 1.5)
+LEAVES = (0.5, 2.0)  # times the rule's
+SPILLS = (0.0, 1.5)
 DIMENSIONS = (3, 4)
 _GROWTH = 1.12
 
@@ -92,7 +92,7 @@ class Tuner:
         if rules.score == "dot_product":
             variations += [{"spill": value} for value in SPILLS]
         variations += [{"dimensions_per_block": value} for value in DIMENSIONS]
-        variations += [{"rescore": "bfloat16"}]
+        variations += [{"rescore": "float32" if rules.rescore == "bfloat16" else "bfloat16"}]
         for variation in variations:
             if variation.get("num_leaves", 1) <= len(self._vectors) // 2:
                 yield self._measure(dataclasses.replace(self.best.settings, **variation))

@@ -66,7 +66,14 @@ def add_documents(
         segments = Segments.load(directory)
         name = f"{1 + max([0, *map(int, segments.additions)]):05d}"
         folder = directory / ADDITIONS / name
-        build_corpus(inputs, base.tokenizer, folder / "corpus", chunk_length=base.chunk_length, skip_bad=skip_bad)
+        build_corpus(
+            inputs,
+            base.tokenizer,
+            folder / "corpus",
+            chunk_length=base.chunk_length,
+            skip_bad=skip_bad,
+            options=options,
+        )
         added = Corpus(folder / "corpus")
         _refuse_known_ids(DatabaseCorpus(directory), added, folder)
         embed_corpus(added, embedder, folder / "embeddings")
@@ -127,13 +134,14 @@ def default_settings(directory: str | os.PathLike) -> IndexSettings:
 def _documents(corpus: DatabaseCorpus) -> Iterator[tuple[str, str, int, int]]:
     """(id, group, first chunk, stop) of every document, in order."""
     for part, offset in zip(corpus.parts, corpus.offsets[:-1].tolist(), strict=True):
-        firsts, counts = part.document_ranges()
-        for line, first, count in zip(document_lines(part), firsts.tolist(), counts.tolist(), strict=True):
-            record = json.loads(line)
-            yield record["id"], record["group"], offset + first, offset + first + count
+        lines = _document_lines(part)
+        for firsts, counts in part.document_ranges():
+            for first, count in zip(firsts.tolist(), counts.tolist(), strict=True):
+                record = json.loads(next(lines))
+                yield record["id"], record["group"], offset + first, offset + first + count
 
 
-def document_lines(corpus: Corpus) -> Iterator[bytes]:
+def _document_lines(corpus: Corpus) -> Iterator[bytes]:
     """The line of JSON that a corpus keeps of every document, in order."""
     for shard in corpus.manifest.shards:
         if shard.name.endswith(".jsonl"):
@@ -143,7 +151,7 @@ def document_lines(corpus: Corpus) -> Iterator[bytes]:
 
 def _refuse_known_ids(known: DatabaseCorpus, added: Corpus, folder: Path) -> None:
     """Refuses an addition with a document that is already there and not removed."""
-    new = {json.loads(line)["id"] for line in document_lines(added)}
+    new = {json.loads(line)["id"] for line in _document_lines(added)}
     for name, _, first, _ in _documents(known):
         if name in new and not known.removed(first):
             raise UserError(

@@ -21,6 +21,9 @@ def write_numbers(writer: ShardWriter, arguments: dict[str, Any]) -> None:
         raise UserError(f"unit {index} has bad input")
     if trouble == "disk":
         raise OSError(28, "No space left on device", "/some/file")
+    if trouble == "interrupted":
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)
     if trouble == "defect":
         raise ZeroDivisionError("a defect")
     if trouble == "killed":

@@ -79,6 +79,12 @@ def test_one_failing_unit_is_told_without_a_pipeline_as_well(tmp_path):
         build_numbers(tmp_path / "out", 1, trouble={0: "user"})
 
 
+@pytest.mark.parametrize("units", [1, 3])
+def test_interrupt_in_this_process_is_an_interrupt(tmp_path, units):
+    with pytest.raises(KeyboardInterrupt):
+        build_numbers(tmp_path / "out", units, trouble={0: "interrupted"})
+
+
 def test_killed_worker_process_ends_the_run_with_a_message(tmp_path, whole):
     with pytest.raises(UserError, match=r"a worker process was killed .* run the same command again"):
         build_numbers(tmp_path / "out", 5, TWO, trouble={2: "killed"})

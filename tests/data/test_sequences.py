@@ -1,44 +1,15 @@
-import dataclasses
-
 import grain
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_neighbours import random_table
 
 from retro_jax.data import sequences as sequences_module
+from retro_jax.data.distribute import BeamOptions
 from retro_jax.data.sequences import SequenceSource, write_sequences
 from retro_jax.data.tfrecord import FRAME_BYTES
 from retro_jax.errors import UserError
-
-
-@dataclasses.dataclass
-class Table:
-    """Random neighbours: some missing at the end of a row, ids repeated between rows."""
-
-    rows: np.ndarray
-    corpus_fingerprint: str
-    database_corpus_fingerprint: str
-    fingerprint: str = "table"
-    database_fingerprint: str = "database"
-
-    @property
-    def k(self):
-        return self.rows.shape[1]
-
-    def ids(self, chunks):
-        return self.rows[chunks]
-
-    def distances(self, chunks):
-        rank = np.arange(self.k, dtype=np.float32)
-        return np.where(self.rows[chunks] >= 0, rank + np.asarray(chunks)[:, None], np.inf).astype(np.float32)
-
-
-def random_table(corpus, database, k=5, seed=0):
-    rng = np.random.default_rng(seed)
-    rows = rng.integers(0, database.num_chunks, (corpus.num_chunks, k))
-    rows[np.arange(k) >= rng.integers(0, k + 1, corpus.num_chunks)[:, None]] = -1
-    return Table(rows, corpus.fingerprint, database.fingerprint)
 
 
 def expected_sequences(corpus, packing, chunks):
@@ -79,8 +50,9 @@ def expected_example(corpus, table, database, ids, chunks, k, packing):
 @given(chunks=st.integers(1, 4), k=st.integers(1, 5), seed=st.integers(0, 3), shard_records=st.integers(7, 60))
 def test_every_sequence_is_what_a_plain_walk_gives(corpora, tmp_path_factory, packing, chunks, k, seed, shard_records):
     corpus, database = corpora
-    table = random_table(corpus, database, seed=seed)
-    directory = tmp_path_factory.mktemp("sequences") / "out"
+    root = tmp_path_factory.mktemp("sequences")
+    table = random_table(root / "table", corpus, database, seed=seed)
+    directory = root / "out"
     manifest = write_sequences(
         corpus, table, database, directory,
         length=chunks * 8, k=k, packing=packing, shard_records=shard_records, seed=seed,
@@ -116,8 +88,8 @@ def test_every_sequence_is_what_a_plain_walk_gives(corpora, tmp_path_factory, pa
 
 
 @pytest.fixture(scope="module")
-def table(corpora):
-    return random_table(*corpora)
+def table(corpora, tmp_path_factory):
+    return random_table(tmp_path_factory.mktemp("neighbours") / "table", *corpora)
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +149,24 @@ def test_interrupted_stage_goes_on_and_equals_one_made_at_once(corpora, table, w
     assert len(calls) == 1 + len([s for s in manifest.shards if s.name.endswith(".tfrecord")])
 
 
+def test_several_processes_write_the_same_bytes_as_one(corpora, table, written, tmp_path):
+    manifest = write_sequences(
+        corpora[0], table, corpora[1], tmp_path / "out",
+        length=16, k=2, shard_records=10, options=BeamOptions(workers=2),
+    )  # fmt: skip
+    assert manifest == SequenceSource(written).manifest
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
+        ["manifest.json", *(shard.name for shard in manifest.shards)]
+    )
+
+
+def test_neighbours_that_change_under_the_workers_are_refused(corpora, tmp_path):
+    changed = random_table(tmp_path / "table", *corpora)
+    changed.fingerprint = "another"
+    with pytest.raises(UserError, match="table has changed since the sequences were begun"):
+        write_sequences(corpora[0], changed, corpora[1], tmp_path / "out", length=16, k=2)
+
+
 def test_tokenizer_travels_with_the_sequences(written, tokenizer):
     source = SequenceSource(written)
     assert source.tokenizer_path.read_bytes() == tokenizer.path.read_bytes()
@@ -205,7 +195,7 @@ def test_inputs_that_do_not_belong_together_are_refused(corpora, table, tmp_path
     with pytest.raises(UserError, match=r"settings\.seed = 0, now it is 3"):
         write(seed=3)
     with pytest.raises(UserError, match=r"inputs\.neighbours = table, now it is other"):
-        write(table=dataclasses.replace(table, fingerprint="other"))
+        write(table=random_table(tmp_path / "other", corpus, database, fingerprint="other"))
 
 
 def test_flipped_byte_and_truncated_shard_are_named(corpora, table, tmp_path):

@@ -142,6 +142,19 @@ def test_leaves_to_search_are_as_few_as_reach_the_recall(embeddings, tmp_path):
     assert chosen[0.6] < chosen[0.99] <= 60
 
 
+def test_more_candidates_are_rescored_where_leaves_do_not_help(make_embeddings, tmp_path):
+    vectors = np.random.default_rng(0).normal(size=(3000, 64)).astype(np.float32)  # codes are poor on mere noise
+    embeddings = make_embeddings([vectors])
+    chosen = {}
+    for reorder, goal in ((None, 0.9), (24, 0.0)):
+        directory = tmp_path / str(reorder)
+        asked = IndexSettings(kind="tree", num_leaves=30, dimensions_per_block=4, reorder=reorder)
+        assert build_index(embeddings, directory, asked, min_recall=goal).counts["recall_at_2"] >= goal
+        folder = directory / "shard-00000-of-00001"
+        chosen[reorder] = json.loads((folder / "shard.json").read_text())["settings"]["reorder"]
+    assert chosen[None] > 24 and chosen[24] == 24
+
+
 def test_vectors_of_length_one_are_searched_by_inner_product_and_answered_in_l2(make_embeddings, tmp_path):
     vectors = clustered(1500)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)

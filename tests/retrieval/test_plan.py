@@ -22,7 +22,7 @@ def test_a_database_that_fits_one_host():
     plan = plan_database(6_400_000, 384)
     assert (plan.chunks, plan.shards, plan.hosts, plan.shards_visited) == (100_000, 1, 1, 1)
     assert plan.settings.kind == "tree"
-    more = plan_database(6_400_000, 384, num_shards=4, host_memory=2**26)
+    more = plan_database(6_400_000, 384, num_shards=4, host_memory=2**25)
     assert more.hosts == 4 and more.shards == 4
 
 

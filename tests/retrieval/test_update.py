@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retro_jax.data.corpus import Corpus
+from retro_jax.data.sequences import SequenceSource, write_sequences
 from retro_jax.errors import UserError
 from retro_jax.lock import DirectoryLock
 from retro_jax.retrieval import update
@@ -18,6 +19,7 @@ from retro_jax.retrieval.database import Database
 from retro_jax.retrieval.embedder import EmbeddingSet, embed_corpus
 from retro_jax.retrieval.exact import exact_search
 from retro_jax.retrieval.index_build import build_index
+from retro_jax.retrieval.neighbours import NeighbourTable, find_neighbours
 from retro_jax.retrieval.segments import DatabaseCorpus, Segments, in_ranges, merge_ranges
 from retro_jax.retrieval.update import add_documents, remove_documents
 
@@ -228,3 +230,19 @@ def test_readers_never_see_half_a_change(database):
     for version, removed in seen:
         assert removed == merge_ranges(np.array(ranges[:version])).tolist()
     assert seen
+
+
+def test_sequences_hold_neighbours_from_additions(database, make_corpus, tiny_embedder, tmp_path):
+    add_documents(database, write(tmp_path / "new.jsonl", [6, 7]), tiny_embedder)
+    queries = make_corpus([[record(6) | {"group": "another"}]])
+    embed_corpus(queries, tiny_embedder, tmp_path / "embeddings")
+    embeddings = EmbeddingSet(tmp_path / "embeddings")
+    find_neighbours(queries, database, tmp_path / "neighbours", k=3, embeddings=embeddings)
+    corpus, table = DatabaseCorpus(database), NeighbourTable(tmp_path / "neighbours")
+    nearest = table.ids(np.arange(queries.num_chunks))[:, 0]
+    worded = nearest >= 0
+    np.testing.assert_array_equal(corpus.tokens(nearest[worded]), queries.tokens(np.flatnonzero(worded)))
+    assert nearest.max() >= Corpus(database / "corpus").num_chunks
+    write_sequences(queries, table, corpus, tmp_path / "sequences", length=32, k=2)
+    first = SequenceSource(tmp_path / "sequences")[0]
+    np.testing.assert_array_equal(first["neighbours"][0, 0], corpus.neighbour_tokens(nearest[0]))
