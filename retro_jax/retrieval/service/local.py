@@ -100,8 +100,10 @@ class LocalSource:
 
     def check_recall(self) -> None:
         """Measures the recall of the newest version again."""
-        if self._holdings:
+        try:
             self._metrics.recall.set(self._holdings[-1].recall())
+        except (UserError, OSError) as error:  # its files may just have been moved away
+            self._log.event("recall check failed", level="error", reason=str(error))
 
     def versions(self) -> list[pb.Version]:
         return [holding.version for holding in self._holdings]
