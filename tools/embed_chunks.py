@@ -1,8 +1,9 @@
-"""Embeds every chunk of a corpus with a frozen BERT, on all local devices; run again it goes on where it stopped.
+"""Embeds every chunk of a corpus with a frozen BERT, on all devices of all hosts; run again it goes on.
 
     python tools/embed_chunks.py --corpus=DB/corpus --embedder=embedder --output=DB/embeddings
 
-The database and every corpus that queries it need the same embedder and settings.
+On several hosts start it on each; they share the shards of the corpus (--coordinator, --num_processes, --process_id, or
+what TPU pods and SLURM say). The database and every corpus that queries it need the same embedder and settings.
 """
 
 import os
@@ -10,7 +11,8 @@ import os
 from absl import flags
 
 from retro_jax.data.corpus import Corpus
-from retro_jax.program import run
+from retro_jax.parallel import hosts
+from retro_jax.program import define_cluster_flags, run, start_cluster
 from retro_jax.retrieval.embedder import Embedder, embed_corpus
 
 _CORPUS = flags.DEFINE_string("corpus", None, "corpus directory", required=True)
@@ -24,10 +26,16 @@ _NORMALIZE = flags.DEFINE_bool(
 _MAX_LENGTH = flags.DEFINE_integer("max_length", 256, "word pieces read of a chunk at most, with [CLS] and [SEP]")
 
 
+define_cluster_flags()
+
+
 def main() -> None:
+    start_cluster()
     corpus = Corpus(_CORPUS.value)
     embedder = Embedder.load(_EMBEDDER.value, normalize=_NORMALIZE.value, max_length=_MAX_LENGTH.value)
     counts = embed_corpus(corpus, embedder, _OUTPUT.value).counts
+    if not hosts.is_primary():
+        return
     print(
         f"{_OUTPUT.value}: {counts['chunks']:,} chunks as vectors of {embedder.dimension}; {counts['empty']:,} without "
         f"a word piece, {counts['cut']:,} cut at {_MAX_LENGTH.value} word pieces; embedder {embedder.fingerprint}"

@@ -6,14 +6,13 @@
 Run again after an interruption, it writes the shards that are not finished.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from retro_jax.data.corpus import Corpus
 from retro_jax.data.sequences import PACKINGS, write_sequences
 from retro_jax.program import beam_options, define_beam_flags, run
 from retro_jax.retrieval.neighbours import NeighbourTable
+from retro_jax.retrieval.segments import DatabaseCorpus
 
 _CORPUS = flags.DEFINE_string("corpus", None, "corpus to train on (tools/build_corpus.py)", required=True)
 _NEIGHBOURS = flags.DEFINE_string("neighbours", None, "its neighbours (tools/find_neighbours.py)", required=True)
@@ -33,7 +32,7 @@ def main() -> None:
     counts = write_sequences(
         Corpus(_CORPUS.value),
         NeighbourTable(_NEIGHBOURS.value),
-        Corpus(Path(_DATABASE.value) / "corpus"),
+        DatabaseCorpus(_DATABASE.value),
         _OUTPUT.value,
         length=_LENGTH.value,
         k=_K.value,

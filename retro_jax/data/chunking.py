@@ -66,10 +66,10 @@ def write_chunks(writer: ShardWriter, arguments: dict[str, Any]) -> None:
     read = ReadCounts()
     totals = dict.fromkeys(TOTALS, 0)
     shown = 0
-    with (
-        writer.shard(names_shard) as (names_path, _),
-        writer.shard(documents_shard) as (documents_path, _),
+    with (  # left in the other order: names are finished first
         writer.shard(chunks_shard) as (chunks_path, counts),
+        writer.shard(documents_shard) as (documents_path, _),
+        writer.shard(names_shard) as (names_path, _),
     ):
         with (
             ArrayWriter(chunks_path, chunk_dtype) as chunks,

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from retro_jax.data.chunking import TOTALS, write_chunks
-from retro_jax.data.distribute import BeamOptions, Unit, distribute
+from retro_jax.data.distribute import BeamOptions, Unit, WorkersError, distribute
 from retro_jax.data.sources import Source, repeated_rows, write_digests
 from retro_jax.data.stage import Manifest, Stage, file_sha256, load_manifest, shard_name, verify_checksums
 from retro_jax.data.text import common_root, relative_names
@@ -310,8 +310,9 @@ def _repeated(stage: Stage, sources: list[Source], sizes: list[int], options: Be
     try:
         distribute(stage, units, write_digests, options, label="reading", unit="bytes")
         repeated = repeated_rows(sources, [stage.directory / shard for shard in shards])
+    except WorkersError:
+        raise
     except UserError:
-        stage.reload()
         if not any(stage.has(name) for i in range(count) for name in _shard_names(i, count)):
             stage.discard()  # a mended input must not find the traces of the bad one
         raise

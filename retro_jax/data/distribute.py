@@ -39,6 +39,10 @@ Work = Callable[[ShardWriter, dict[str, Any]], None]
 _advances: dict[str, Callable[[int], None]] = {}  # name of a run to the progress bar it has in this process
 
 
+class WorkersError(UserError):
+    """The workers are to blame, not the input: the same command may succeed when it is run again."""
+
+
 @dataclasses.dataclass(frozen=True)
 class BeamOptions:
     """Where the units are worked off.
@@ -94,14 +98,16 @@ def distribute(stage: Stage, units: Sequence[Unit], work: Work, options: BeamOpt
       unit: what the sizes count, a plural noun.
 
     Raises:
-      UserError: what a worker raised; a worker process was lost; or shards that were written do not appear here. What
-        other units have finished stays.
+      UserError: what a worker raised. What other units have finished stays.
+      WorkersError: a worker process was lost, or shards that were written do not appear here.
       OSError: what a worker raised, such as a full disk.
     """
     pending = [entry for entry in units if not all(map(stage.has, entry.shards))]
     for entry in pending:
         for name in entry.shards:
             stage.drop(name)
+    if not pending:
+        return
     total = sum(entry.size for entry in units)
     initial = total - sum(entry.size for entry in pending)
     with Progress(label, total=total, unit=unit, initial=initial) as progress, _run_of(stage) as run:
@@ -120,7 +126,7 @@ def distribute(stage: Stage, units: Sequence[Unit], work: Work, options: BeamOpt
     for entry in pending:
         for name in entry.shards:
             if not stage.has(name):
-                raise UserError(
+                raise WorkersError(
                     f"{stage.directory / name}: the pipeline has ended and this shard is not here; the workers must "
                     "write to a file system that this machine sees, under the same path"
                 )
@@ -198,7 +204,7 @@ def _run_here(messages: list[str], run: str, progress: Progress) -> None:
     try:
         if len(messages) == 1:
             work_off(messages[0])
-        elif messages:
+        else:
             with quiet_beam():
                 from apache_beam.options.pipeline_options import PipelineOptions
                 from apache_beam.runners.portability.fn_api_runner import FnApiRunner

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from retro_jax.data.arrays import ArrayWriter
-from retro_jax.data.distribute import BeamOptions, Unit, distribute
+from retro_jax.data.distribute import BeamOptions, Unit, WorkersError, distribute
 from retro_jax.data.shingles import BANDS, ROWS, band_keys, jaccard, shingles
 from retro_jax.data.sources import Source
 from retro_jax.data.stage import Manifest, ShardWriter, Stage, file_sha256, fingerprint, shard_name
@@ -116,11 +116,11 @@ def find_duplicates(
 def write_shingles(writer: ShardWriter, arguments: dict[str, Any]) -> None:
     """Unit of work: the shingles, their numbers, the LSH keys and the names of one evaluation file's documents."""
     members_shard, sizes_shard, keys_shard, names_shard = arguments["shards"]
-    with (
-        writer.shard(members_shard) as (members_path, counts),
-        writer.shard(sizes_shard) as (sizes_path, _),
-        writer.shard(keys_shard) as (keys_path, _),
+    with (  # left in the other order: members are finished first
         writer.shard(names_shard) as (names_path, _),
+        writer.shard(keys_shard) as (keys_path, _),
+        writer.shard(sizes_shard) as (sizes_path, _),
+        writer.shard(members_shard) as (members_path, counts),
     ):
         with (
             ArrayWriter(members_path, np.dtype("<u8")) as members,
@@ -255,7 +255,13 @@ def _write_evaluation(
         Unit(part, {"source": source, "shards": part, "n": n}, Path(source["path"]).stat().st_size)
         for part, source in zip(parts, _sources(evaluation, skip_bad), strict=True)
     ]
-    distribute(stage, units, write_shingles, options, label="evaluation documents", unit="bytes")
+    try:
+        distribute(stage, units, write_shingles, options, label="evaluation documents", unit="bytes")
+    except WorkersError:
+        raise
+    except UserError:
+        stage.discard()  # a mended input must not find the traces of the bad one
+        raise
     return parts
 
 

@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +107,13 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def load_manifest(directory: str | os.PathLike, stage: str) -> Manifest:
+def load_manifest(directory: str | os.PathLike, stage: str, *, whole: bool = True) -> Manifest:
     """Reads a finished stage directory's manifest and checks that every shard has its size.
+
+    Args:
+      directory: of the stage.
+      stage: that must be there.
+      whole: check the shards; without, `require_shards` is for those that are needed.
 
     Raises:
       UserError: no directory, no manifest (the stage did not finish), another stage's directory, another format
@@ -131,13 +136,23 @@ def load_manifest(directory: str | os.PathLike, stage: str) -> Manifest:
         raise UserError(
             f"{path}: format version {manifest.format_version}, this program reads {FORMAT_VERSION}; rebuild it"
         )
-    for shard in manifest.shards:
-        file = directory / shard.name
+    if whole:
+        require_shards(directory, manifest.shards)
+    return manifest
+
+
+def require_shards(directory: str | os.PathLike, shards: Iterable[Shard]) -> None:
+    """Checks that shards of a finished stage are there.
+
+    Raises:
+      UserError: one is missing or of the wrong size.
+    """
+    for shard in shards:
+        file = Path(directory) / shard.name
         if not file.is_file():
             raise UserError(f"{file}: shard is missing; rebuild {directory}")
         if file.stat().st_size != shard.size:
             raise UserError(f"{file}: {file.stat().st_size} bytes, the manifest says {shard.size}; rebuild {directory}")
-    return manifest
 
 
 def verify_checksums(directory: str | os.PathLike, manifest: Manifest) -> None:

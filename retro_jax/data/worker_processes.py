@@ -18,8 +18,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from retro_jax.data.distribute import build_pipeline, quiet_beam
-from retro_jax.errors import UserError
+from retro_jax.data.distribute import WorkersError, build_pipeline, quiet_beam
 
 _LOST_WORKER = 75
 _LOG_TAIL = 4000
@@ -34,7 +33,7 @@ def run(messages: Sequence[str], workers: int, note: Path) -> None:
       note: the run's file; a failure noted in it is left to the caller.
 
     Raises:
-      UserError: a process was killed, by a person or for lack of memory.
+      WorkersError: a process was killed, by a person or for lack of memory.
     """
     # The workers import what the coordinator can import, whatever it has put on its path.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -60,7 +59,7 @@ def run(messages: Sequence[str], workers: int, note: Path) -> None:
         if status == 0 or note.read_bytes().strip():
             return
         if status < 0 or status == _LOST_WORKER:
-            raise UserError(
+            raise WorkersError(
                 f"a worker process was killed ({note.parent}); finished shards are kept: run the same command again, "
                 "with fewer workers if memory is short"
             )

@@ -7,6 +7,7 @@ handful of programs is compiled however odd the data.
 
 import dataclasses
 import os
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,14 +20,26 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from retro_jax.data.arrays import ArrayWriter
-from retro_jax.data.stage import Manifest, Stage, file_sha256, fingerprint, load_manifest, shard_name, verify_checksums
+from retro_jax.data.stage import (
+    Manifest,
+    ShardWriter,
+    Stage,
+    file_sha256,
+    fingerprint,
+    is_finished,
+    load_manifest,
+    shard_name,
+    verify_checksums,
+)
 from retro_jax.errors import UserError
+from retro_jax.parallel import hosts
 from retro_jax.progress import Progress
 from retro_jax.retrieval.bert import Bert, load_bert
 from retro_jax.retrieval.checkpoints import resolve_embedder
 from retro_jax.retrieval.wordpiece import WordPiece
 
 LENGTHS = (64, 80, 96, 128, 256)
+_SECONDS_BETWEEN_LOOKS = 0.2
 _BLOCK = 2048  # texts tokenised at once, while the device works on the block before
 
 
@@ -217,32 +230,52 @@ def chunk_texts(tokens: np.ndarray, tokenizer: ChunkTokenizer) -> list[str]:
 def embed_corpus(corpus: Any, embedder: Embedder, directory: str | os.PathLike) -> Manifest:
     """The embeddings stage: one array [chunks, E] float32 for each shard of the corpus; goes on after the last shard.
 
-    Chunks without a word piece have a zero vector. Chunks, empty ones and cut ones are counted in the manifest.
+    Chunks without a word piece have a zero vector. Chunks, empty ones and cut ones are counted in the manifest. The
+    processes of a run of several (`retro_jax.parallel.hosts`) all call this and share the shards; process i of n takes
+    shards i, i + n, ..., on its own devices. Process 0 holds the directory's lock and writes the manifest.
 
     Args:
       corpus: a `retro_jax.data.corpus.Corpus`.
       embedder: makes the vectors; its settings stand in the manifest.
-      directory: to write.
+      directory: to write, on a file system that all processes see.
 
     Raises:
       UserError: the directory belongs to something else; the embedder gives vectors that are not finite.
     """
+    offsets = np.asarray(corpus.shard_offsets).tolist()
+    count = len(offsets) - 1
+    shards = [(shard_name("embeddings", i, count, ".npy"), offsets[i], offsets[i + 1]) for i in range(count)]
+    if not hosts.is_primary():
+        if not hosts.agree(0, "embeddings complete"):
+            _embed_shards(corpus, embedder, ShardWriter(directory), shards)
+            hosts.agree(0, "embeddings finished")
+        return load_manifest(directory, "embeddings")
     settings = {"embedder": embedder.settings, "embedder_fingerprint": embedder.fingerprint}
     settings["dimension"] = embedder.dimension
     inputs = {"corpus": corpus.fingerprint, "tokenizer": corpus.tokenizer_fingerprint}
     with Stage(directory, "embeddings", settings=settings, inputs=inputs) as stage:
-        if not stage.complete:
-            offsets = np.asarray(corpus.shard_offsets)
-            names = [shard_name("embeddings", i, len(offsets) - 1, ".npy") for i in range(len(offsets) - 1)]
-            done = sum(stage.counts(name)["chunks"] for name in names if stage.has(name))
-            with Progress("embedding", total=corpus.num_chunks, unit="chunks", initial=done) as progress:
-                for name, start, stop in zip(names, offsets[:-1], offsets[1:], strict=True):
-                    if not stage.has(name):
-                        with stage.shard(name) as (path, counts):
-                            counts.update(_embed_shard(corpus, embedder, path, int(start), int(stop), progress))
+        if not hosts.agree(int(stage.complete), "embeddings complete"):
+            _embed_shards(corpus, embedder, ShardWriter(directory), shards)
+            while not all(is_finished(directory, name) for name, _, _ in shards):
+                time.sleep(_SECONDS_BETWEEN_LOOKS)  # a process that is lost ends this one
+            stage.reload()
+            names = [name for name, _, _ in shards]
             totals = {key: sum(stage.counts(name)[key] for name in names) for key in ("chunks", "empty", "cut")}
             stage.finish(totals)
+            hosts.agree(1, "embeddings finished")
         return stage.manifest
+
+
+def _embed_shards(corpus: Any, embedder: Embedder, writer: ShardWriter, shards: Sequence[tuple[str, int, int]]) -> None:
+    """Embeds this process's part of the shards (name, first chunk, end)."""
+    own = shards[jax.process_index() :: jax.process_count()]
+    left = [shard for shard in own if not is_finished(writer.directory, shard[0])]
+    total = sum(stop - start for _, start, stop in own)
+    initial = total - sum(stop - start for _, start, stop in left)
+    with Progress("embedding", total=total, unit="chunks", initial=initial) as progress:
+        for name, start, stop in left:
+            with writer.shard(name) as (path, counts):
+                counts.update(_embed_shard(corpus, embedder, path, start, stop, progress))
 
 
 def _embed_shard(

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from retro_jax.data.stage import Manifest, load_manifest, shard_name, verify_checksums
+from retro_jax.data.stage import Manifest, load_manifest, require_shards, shard_name, verify_checksums
 from retro_jax.errors import UserError
 from retro_jax.retrieval.index_settings import IndexSettings
 from retro_jax.retrieval.router import Router
@@ -97,12 +97,14 @@ class Index:
         if chosen and not 0 <= chosen[0] <= chosen[-1] < count:
             raise UserError(f"{directory} has shards 0 to {count - 1}; cannot load {shards}")
         folders = {shard_folder(number, count) for number in chosen}
+        # The files of other shards may be on other machines.
+        mine = [
+            shard
+            for shard in manifest.shards
+            if not shard.name.startswith(("shard-", "cells/")) or shard.name.partition("/")[0] in folders
+        ]
+        require_shards(directory, mine)
         if verify:
-            mine = [
-                shard
-                for shard in manifest.shards
-                if not shard.name.startswith(("shard-", "cells/")) or shard.name.partition("/")[0] in folders
-            ]
             verify_checksums(directory, dataclasses.replace(manifest, shards=tuple(mine)))
         return cls(
             directory,
@@ -194,7 +196,7 @@ def _search_shard(
 
 
 def _load_manifest(directory: Path) -> Manifest:
-    manifest = load_manifest(directory, "index")
+    manifest = load_manifest(directory, "index", whole=False)
     if manifest.settings.get("layout") != LAYOUT:
         raise UserError(f"{directory} was built by an older program, as one shard; build it again")
     return manifest

@@ -167,6 +167,17 @@ def test_settings_that_cannot_be_are_refused(planted, tmp_path, changes, message
     assert not (tmp_path / "out").exists()
 
 
+def test_bad_line_of_an_evaluation_file_is_named_and_leaves_nothing(planted, tmp_path):
+    train, evaluation = planted
+    bad = tmp_path / "bad.jsonl"
+    bad.write_bytes(b'{"text": "\xff"}\n')
+    with pytest.raises(UserError, match=r"bad\.jsonl:1: not UTF-8"):
+        find_duplicates(train, [*evaluation, bad], tmp_path / "out", n=N)
+    assert not (tmp_path / "out").exists()
+    bad.write_text('{"text": "mended"}\n')
+    find_duplicates(train, [*evaluation, bad], tmp_path / "out", n=N)
+
+
 def test_recall_on_planted_near_duplicates(tmp_path):
     """Of pairs with Jaccard 0.75 to 0.95, both modes remove those at 0.8 and more, and nothing below."""
     rng = random.Random(1)
