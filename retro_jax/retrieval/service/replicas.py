@@ -20,7 +20,7 @@ import grpc
 
 from retro_jax.retrieval.service.metrics import Metrics
 from retro_jax.retrieval.service.security import ClientSecurity
-from retro_jax.retrieval.service.wire import SERVICE, RefusedError
+from retro_jax.retrieval.service.wire import REQUEST_ID, REQUEST_ID_HEADER, SERVICE, RefusedError
 
 METHODS = ("Describe", "Search", "Fetch")
 # What the same server may well answer later, and another one now.
@@ -122,7 +122,7 @@ class Backend:
     def start(self, method: str, request: bytes, seconds: float) -> grpc.Future:
         """Starts a call; its result is the answer's bytes."""
         started = self._begin()
-        call = self._calls[method].future(request, timeout=seconds, metadata=self._metadata)
+        call = self._calls[method].future(request, timeout=seconds, metadata=self._with_id())
         call.add_done_callback(lambda _: self._end(method, started))
         return call
 
@@ -130,12 +130,16 @@ class Backend:
         """Makes a call and waits for it: in half the time that a call of `start` takes."""
         started = self._begin()
         try:
-            answer, _ = self._calls[method].with_call(request, timeout=seconds, metadata=self._metadata)
+            answer, _ = self._calls[method].with_call(request, timeout=seconds, metadata=self._with_id())
             return _Ended(answer, grpc.StatusCode.OK, "")
         except grpc.RpcError as error:
             return _Ended(b"", error.code(), error.details())
         finally:
             self._end(method, started)
+
+    def _with_id(self) -> tuple[tuple[str, str], ...]:
+        request_id = REQUEST_ID.get()
+        return (*self._metadata, (REQUEST_ID_HEADER, request_id)) if request_id else self._metadata
 
     def _begin(self) -> float:
         with self._lock:

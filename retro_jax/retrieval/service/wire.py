@@ -7,6 +7,7 @@ numbers, never the text that was sent.
 import dataclasses
 import hashlib
 import math
+from contextvars import ContextVar
 from typing import TypeVar
 
 import grpc
@@ -16,6 +17,9 @@ from google.protobuf.message import DecodeError, Message
 from retro_jax.retrieval.index import merge as merge_answers
 from retro_jax.retrieval.service import retrieval_v1_pb2 as pb
 
+# Of the call that this thread answers; goes on to the servers that it asks meanwhile.
+REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
+REQUEST_ID_HEADER = "x-request-id"
 SERVICE = pb.DESCRIPTOR.services_by_name["Retrieval"].full_name
 _MessageT = TypeVar("_MessageT", bound=Message)
 _OVERHEAD_BYTES = 1 << 20  # of a message besides its largest array

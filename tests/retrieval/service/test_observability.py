@@ -62,6 +62,8 @@ def test_metrics_count_requests_shards_and_trouble(served):
                 client.search(queries, 2)
             running_search.result()
         assert shed.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        told = [server.event("Search RESOURCE_EXHAUSTED")["request"] for server in (asking, shard)]
+        assert told[0] == told[1]  # one request, by one name in all logs
     after = scrape(asking), scrape(shard)
 
     def counted(place: int, *key: str) -> float:
