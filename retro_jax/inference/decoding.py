@@ -1,8 +1,11 @@
-"""How the next token is chosen from the logits."""
+"""How the next token is chosen from the logits, on the device."""
 
 import dataclasses
 import math
+from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from retro_jax.errors import UserError
@@ -10,19 +13,24 @@ from retro_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """Settings of the choice.
+    """Settings of the choice. Applied in this order: repetition penalty, temperature, top-k, top-p, min-p.
 
     Attributes:
       temperature: logits are divided by it; 0 is greedy.
       top_k: only the k most likely tokens are kept; 0 keeps all.
       top_p: of these the smallest set whose probability reaches top_p is kept; 1 keeps all.
       seed: of the random draws.
+      min_p: only tokens at least min_p times as likely as the most likely one are kept; 0 keeps all.
+      repetition_penalty: logits of tokens that the text already has, prompt included, are divided by it where positive
+        and multiplied where negative; 1 changes nothing.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -31,40 +39,87 @@ class Decoding:
             raise UserError(f"top_k {self.top_k} must not be negative; 0 keeps all tokens")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p {self.top_p} must be above 0 and at most 1")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed {self.seed} must be at least 0 and below 2**32")
+        if not 0 <= self.min_p <= 1:
+            raise UserError(f"min_p {self.min_p} must be between 0 and 1; 0 keeps all tokens")
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            raise UserError(f"repetition_penalty {self.repetition_penalty} must be finite and above 0; 1 is none")
+
+    def choice(self) -> "Choice":
+        """The settings as data of a compiled program, so that others need no other program."""
+        return Choice(
+            np.float32(self.temperature),
+            np.int32(min(self.top_k, 2**31 - 1)),
+            np.float32(self.top_p),
+            np.uint32(self.seed),
+            np.float32(self.min_p),
+            np.float32(self.repetition_penalty),
+        )
 
 
-def distribution(logits: np.ndarray, decoding: Decoding) -> np.ndarray:
-    """The probabilities tokens are drawn with.
+class Choice(NamedTuple):
+    """`Decoding` as scalars."""
+
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    seed: jax.Array
+    min_p: jax.Array
+    repetition_penalty: jax.Array
+
+
+def choose(logits: jax.Array, seen: jax.Array, choice: Choice, samples: jax.Array, positions: jax.Array) -> jax.Array:
+    """The next token of each row.
+
+    A draw depends on seed, sample and position alone: neither on the other rows nor on where a computation began.
 
     Args:
-      logits: [V].
-      decoding: settings; with temperature 0 all mass is on the most likely token, the lowest id among equals.
+      logits: [B, V]; -inf is never chosen.
+      seen: [B, V] bool, tokens that the row already has.
+      choice: settings.
+      samples: [B] int32, number of the row among the samples of one prompt.
+      positions: [B] int32, place of the chosen token in its text.
 
     Returns:
-      [V] float64 summing to 1. Tokens are kept by rank; among equal logits the lower id ranks higher.
+      [B] int32; with temperature 0 the most likely token, the lowest id among equals.
     """
-    logits = np.asarray(logits, np.float64)
-    order = np.argsort(-logits, kind="stable")
-    if decoding.temperature == 0:
-        return np.eye(1, len(logits), order[0])[0]
-    scaled = logits / decoding.temperature
-    probabilities = np.exp(scaled - scaled.max())
-    probabilities /= probabilities.sum()
-    keep = len(order) if decoding.top_k == 0 else min(decoding.top_k, len(order))
-    ranked = probabilities[order[:keep]]
-    if decoding.top_p < 1:
-        reached = np.searchsorted(np.cumsum(ranked) / ranked.sum(), decoding.top_p) + 1
-        keep = min(keep, int(reached))
-    kept = np.zeros_like(probabilities)
-    kept[order[:keep]] = probabilities[order[:keep]]
-    return kept / kept.sum()
+    penalty = choice.repetition_penalty
+    logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+    def draw() -> jax.Array:
+        scaled = logits / choice.temperature
+        filters = (choice.top_k > 0) | (choice.top_p < 1) | (choice.min_p > 0)
+        scaled = jax.lax.cond(filters, lambda: jnp.where(kept(scaled, choice), scaled, -jnp.inf), lambda: scaled)
+        return jnp.argmax(scaled + _noise(choice.seed, samples, positions, logits.shape[1]), axis=-1)
+
+    greedy = choice.temperature == 0
+    return jax.lax.cond(greedy, lambda: jnp.argmax(logits, axis=-1), draw).astype(jnp.int32)
 
 
-def choose(logits: np.ndarray, decoding: Decoding, position: int) -> int:
-    """Draws the token of a position; the draw depends on (seed, position) alone, so a sample is repeatable."""
-    probabilities = distribution(logits, decoding)
-    if decoding.temperature == 0:
-        return int(probabilities.argmax())
-    uniform = np.random.default_rng((decoding.seed, position)).random()
-    cumulative = np.cumsum(probabilities)
-    return int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
+def kept(scaled: jax.Array, choice: Choice) -> jax.Array:
+    """Which tokens top-k, top-p and min-p leave, bool [B, V] of logits [B, V].
+
+    By rank; among equal logits the lower id ranks higher. The most likely token is always left.
+    """
+    order = jnp.argsort(-scaled, axis=-1, stable=True)
+    ranks = jnp.arange(scaled.shape[-1])
+    ranked = jax.nn.softmax(jnp.take_along_axis(scaled, order, axis=-1), axis=-1)
+    left = (ranks < choice.top_k) | (choice.top_k == 0)
+    ranked = jnp.where(left, ranked, 0)
+    reached = jnp.cumsum(ranked, axis=-1)
+    left &= (reached - ranked < choice.top_p * reached[:, -1:]) | (choice.top_p >= 1)
+    left &= ranked >= choice.min_p * ranked[:, :1]
+    left |= ranks == 0
+    rows = jnp.arange(len(scaled))[:, None]
+    return jnp.zeros(scaled.shape, bool).at[rows, order].set(left, unique_indices=True)
+
+
+def _noise(seed: jax.Array, samples: jax.Array, positions: jax.Array, size: int) -> jax.Array:
+    """Gumbel noise [B, V]: the largest of logits and noise is a draw from their softmax."""
+
+    def row(sample: jax.Array, position: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), sample), position)
+        return jax.random.gumbel(key, (size,))
+
+    return jax.vmap(row)(samples, positions)

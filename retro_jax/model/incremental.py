@@ -91,9 +91,7 @@ class Incremental(nnx.Module):
             return Distances(past, [])
         start, stop = config.neighbour_range
         table = cca_positions(config, stop - start).sinusoids
-        return Distances(
-            past, [cca.heads(table.astype(compute), cca.relative) for cca in self._cross_attentions()]
-        )
+        return Distances(past, [cca.heads(table.astype(compute), cca.relative) for cca in self._cross_attentions()])
 
     def empty(self, batch: int, slots: int, neighbours: int | None) -> State:
         """The state before the first token: B rows of S slots, K neighbours, or None for OFF."""
@@ -109,9 +107,7 @@ class Incremental(nnx.Module):
         if neighbours is not None:
             start, stop = config.neighbour_range
             shape = (neighbours, stop - start)
-            retrieved = Retrieved(
-                [stored(*shape) for _ in config.cca_layers], jnp.zeros((batch, *shape), bool)
-            )
+            retrieved = Retrieved([stored(*shape) for _ in config.cca_layers], jnp.zeros((batch, *shape), bool))
         return State(
             [stored(1, slots) for _ in self.blocks],
             jnp.zeros((batch, slots), bool),
@@ -154,7 +150,9 @@ class Incremental(nnx.Module):
 
         def attend(x: jax.Array, index: int) -> jax.Array:
             relative = distances.past[index] if distances.past else None
-            added, past[index] = _extend(self.blocks[index].attention, x, past[index], mask, relative, slot, self.config)
+            added, past[index] = _extend(
+                self.blocks[index].attention, x, past[index], mask, relative, slot, self.config
+            )
             return x + added
 
         for index in range(self.entry):
@@ -284,7 +282,7 @@ def _cross(
     first: jax.Array | int,
     config,
 ) -> jax.Array:
-    """CCA of x [B, I, D], indices `first` and on of the attending chunk (modulo M where it ends), on E: what it adds."""
+    """CCA of x [B, I, D], indices `first` and on of the attending chunk (modulo M), on E: what it adds."""
     length, offset = x.shape[1], config.chunk_length - 1
     first = first % config.chunk_length
     angles = None

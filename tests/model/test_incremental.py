@@ -49,9 +49,7 @@ class Fed:
     @functools.cached_property
     def advance(self):
         def run(params, distances, state, tokens, slot, neighbours, complete):
-            hidden, state = self._model(params).advance(
-                distances, state, tokens, slot, neighbours, complete=complete
-            )
+            hidden, state = self._model(params).advance(distances, state, tokens, slot, neighbours, complete=complete)
             return self._model(params).logits(hidden), state
 
         return jax.jit(run, compiler_options=QUICK)
