@@ -102,17 +102,41 @@ def kept(scaled: jax.Array, choice: Choice) -> jax.Array:
 
     By rank; among equal logits the lower id ranks higher. The most likely token is always left.
     """
-    order = jnp.argsort(-scaled, axis=-1, stable=True)
-    ranks = jnp.arange(scaled.shape[-1])
-    ranked = jax.nn.softmax(jnp.take_along_axis(scaled, order, axis=-1), axis=-1)
-    left = (ranks < choice.top_k) | (choice.top_k == 0)
-    ranked = jnp.where(left, ranked, 0)
-    reached = jnp.cumsum(ranked, axis=-1)
-    left &= (reached - ranked < choice.top_p * reached[:, -1:]) | (choice.top_p >= 1)
-    left &= ranked >= choice.min_p * ranked[:, :1]
-    left |= ranks == 0
-    rows = jnp.arange(len(scaled))[:, None]
-    return jnp.zeros(scaled.shape, bool).at[rows, order].set(left, unique_indices=True)
+    best = jnp.max(scaled, axis=-1, keepdims=True)
+    ones = jnp.ones_like(scaled)
+    left = jax.lax.cond(
+        choice.top_k > 0, lambda: _first_by_rank(scaled, ones, choice.top_k.astype(scaled.dtype)), lambda: ones > 0
+    )
+
+    def nucleus() -> jax.Array:
+        weights = jnp.where(left, jnp.exp(scaled - best), 0)
+        return left & _first_by_rank(scaled, weights, choice.top_p * jnp.sum(weights, axis=-1, keepdims=True))
+
+    left = jax.lax.cond(choice.top_p < 1, nucleus, lambda: left)
+    return left & (scaled >= best + jnp.log(choice.min_p))
+
+
+def _first_by_rank(values: jax.Array, weights: jax.Array, enough: jax.Array) -> jax.Array:
+    """The smallest set of the largest values whose weights reach `enough`, bool [B, V]; of equal values those first.
+
+    The least value in it is found bit by bit, which is much faster than sorting.
+    """
+    bits = jax.lax.bitcast_convert_type(jnp.where(values == 0, 0, values), jnp.uint32)  # -0 is 0
+    ordered = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))  # as integers they compare as the floats do
+
+    def mass(mask: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(mask, weights, 0), axis=-1, keepdims=True)
+
+    def narrow(step: jax.Array, least: jax.Array) -> jax.Array:
+        higher = least | (jnp.uint32(1 << 31) >> step.astype(jnp.uint32))
+        return jnp.where(mass(ordered >= higher) >= enough, higher, least)
+
+    least = jax.lax.fori_loop(0, 32, narrow, jnp.zeros((len(values), 1), jnp.uint32))
+    above, equal = ordered > least, ordered == least
+    # One after the other while the ones before are not enough.
+    among = jnp.where(equal, weights, 0)
+    before = mass(above) + jnp.cumsum(among, axis=-1) - among
+    return above | (equal & (before < enough))
 
 
 def _noise(seed: jax.Array, samples: jax.Array, positions: jax.Array, size: int) -> jax.Array:

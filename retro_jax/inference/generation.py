@@ -86,7 +86,7 @@ class Programs:
         )
         self._prefill = self._compiled(self._prefill)
         self._end_chunk = self._compiled(self._end_chunk, donate_argnums=2)
-        self._go_on = self._compiled(self._go_on, donate_argnums=2, static_argnames="to_chunk_end")
+        self._go_on = self._compiled(self._go_on, donate_argnums=2)
 
     def prefill(
         self, tokens: np.ndarray, slot: int, neighbours: np.ndarray | None, done: np.ndarray, seen: np.ndarray
@@ -102,21 +102,16 @@ class Programs:
         distances = self._distances(tokens.shape[1] - 1)
         return self._prefill(self._params, distances, tokens, np.int32(slot), neighbours, done, seen)
 
-    def end_chunk(self, carry: Carry, rows: Rows, choice: Choice, done: np.ndarray, neighbours: np.ndarray) -> Carry:
-        """Feeds the last token of a chunk, whose neighbours are [B, K, R], and chooses the next."""
+    def end_chunk(
+        self, carry: Carry, rows: Rows, choice: Choice, done: np.ndarray, neighbours: np.ndarray | None
+    ) -> Carry:
+        """Feeds the last token of a chunk, whose neighbours are [B, K, R] (None for OFF), and chooses the next."""
         return self._end_chunk(self._params, self._slots(carry), carry, rows, choice, done, neighbours)
 
-    def go_on(
-        self, carry: Carry, rows: Rows, choice: Choice, done: np.ndarray, limit: int, *, to_chunk_end: bool
-    ) -> Carry:
-        """Feeds and chooses tokens one after the other.
-
-        It stops after `limit` of them, when all rows are done, or when the slots are full; with `to_chunk_end` also
-        before the last token of a chunk, which needs neighbours.
-        """
-        return self._go_on(
-            self._params, self._slots(carry), carry, rows, choice, done, np.int32(limit), to_chunk_end=to_chunk_end
-        )
+    def go_on(self, carry: Carry, rows: Rows, choice: Choice, done: np.ndarray, limit: int) -> Carry:
+        """Feeds and chooses tokens one after the other: `limit` of them, or up to before the last of the chunk, or
+        until all rows are done."""
+        return self._go_on(self._params, self._slots(carry), carry, rows, choice, done, np.int32(limit))
 
     def compiled(self) -> int:
         """How many programs have been compiled for prefill, chunk ends and loops together."""
@@ -145,7 +140,8 @@ class Programs:
             near = None
             if neighbours is not None:
                 near = jax.lax.dynamic_index_in_dim(neighbours, chunk, axis=1, keepdims=False)
-            return model.advance(distances, state, piece, first, near, complete=first + length <= slot)[1]
+            complete = first + length <= slot
+            return model.advance(distances, state, piece, first, near, ends_chunk=True, complete=complete)[1]
 
         state = jax.lax.fori_loop(0, -(-slot // length), feed, empty)
         nothing = jnp.zeros(tokens.shape, jnp.float32)
@@ -153,28 +149,33 @@ class Programs:
 
     def _end_chunk(self, params, distances, carry: Carry, rows: Rows, choice: Choice, done, neighbours) -> Carry:
         carry = carry._replace(done=carry.done | done)
-        return self._step(self._model(params), distances, carry, rows, choice, neighbours)
+        return self._step(self._model(params), distances, carry, rows, choice, neighbours, ends_chunk=True)
 
-    def _go_on(
-        self, params, distances, carry: Carry, rows: Rows, choice: Choice, done, limit, *, to_chunk_end: bool
-    ) -> Carry:
+    def _go_on(self, params, distances, carry: Carry, rows: Rows, choice: Choice, done, limit) -> Carry:
         model, length = self._model(params), self._config.chunk_length
         carry = carry._replace(done=carry.done | done)
-        until = jnp.minimum(carry.slot + limit, carry.tokens.shape[1] - 1)
-        if to_chunk_end:
-            until = jnp.minimum(until, carry.slot // length * length + length - 1)
+        last = carry.slot // length * length + length - 1
+        until = jnp.minimum(carry.slot + limit, last)
         return jax.lax.while_loop(
             lambda carry: (carry.slot < until) & ~jnp.all(carry.done),
-            lambda carry: self._step(model, distances, carry, rows, choice, None),
+            lambda carry: self._step(model, distances, carry, rows, choice),
             carry,
         )
 
     def _step(
-        self, model: Incremental, distances: Distances, carry: Carry, rows: Rows, choice: Choice, neighbours
+        self,
+        model: Incremental,
+        distances: Distances,
+        carry: Carry,
+        rows: Rows,
+        choice: Choice,
+        neighbours: jax.Array | None = None,
+        *,
+        ends_chunk: bool = False,
     ) -> Carry:
         slot = carry.slot
         fed = jax.lax.dynamic_slice_in_dim(carry.tokens, slot, 1, axis=1)
-        hidden, state = model.advance(distances, carry.state, fed, slot, neighbours)
+        hidden, state = model.advance(distances, carry.state, fed, slot, neighbours, ends_chunk=ends_chunk)
         logits = jnp.where(self._never, -jnp.inf, model.logits(hidden)[:, 0].astype(jnp.float32))
         chosen = choose(logits, carry.seen, choice, rows.samples, slot + 1 - rows.origins)
         every = jnp.arange(len(chosen))

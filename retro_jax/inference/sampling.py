@@ -264,19 +264,19 @@ class _Batch:
         if begun >= min(self._slots, self._anew):
             return False
         done, carry, slot = self._done(), self._carry, begun
-        if self._source is not None and slot % length == length - 1:
-            neighbours = np.full((self._size, self._k, self._config.neighbour_length), PAD_ID, np.int32)
-            for (index, _), each in self._find([slot // length]).items():
-                neighbours[index] = each.tokens
+        if slot % length == length - 1:
+            neighbours = None
+            if self._source is not None:
+                neighbours = np.full((self._size, self._k, self._config.neighbour_length), PAD_ID, np.int32)
+                for (index, _), each in self._find([slot // length]).items():
+                    neighbours[index] = each.tokens
             carry = self._programs.end_chunk(carry, self._fixed, choice, done, neighbours)
             slot += 1
         # The first token of every row comes by itself, so that nobody waits for a chunk to be filled.
         goal = first if begun < first else begun + burst
         goal = min(goal, self._anew, max(last for last, row in zip(self._last, self._rows, strict=True) if row.live))
         if goal > slot:
-            carry = self._programs.go_on(
-                carry, self._fixed, choice, done, goal - slot, to_chunk_end=self._source is not None
-            )
+            carry = self._programs.go_on(carry, self._fixed, choice, done, goal - slot)
         tokens, nats, slot = jax.device_get((carry.tokens, carry.log_probabilities, carry.slot))
         self._carry, self._slot, self._tokens = carry, int(slot), np.array(tokens)
         for index, row in enumerate(self._rows):

@@ -50,10 +50,11 @@ class TextStream:
         if self.stopped:
             return ""
         self._held += text
-        places = [place for place in map(self._held.find, self._stop) if place >= 0]
-        if places:
+        # Of several the one that is complete first, so that it does not matter how the text was cut into tokens.
+        ends = [(place + len(string), place) for string in self._stop if (place := self._held.find(string)) >= 0]
+        if ends:
             self.stopped = True
-            text, self._held = self._held[: min(places)], ""
+            text, self._held = self._held[: min(ends)[1]], ""
             return text
         keep = max((_overlap(self._held, string) for string in self._stop), default=0)
         cut = len(self._held) - keep

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from retro_jax.config import RetroConfig
 from retro_jax.model.attention import Attention, masked_softmax, rotate, rotation, sinusoid, skew
 from retro_jax.model.chunked_cross_attention import cca_positions
 from retro_jax.model.decoder import Block, Segment
@@ -21,15 +22,16 @@ from retro_jax.parallel import rules
 
 
 class Stored(NamedTuple):
-    """Keys and values that one attention has of what it attends to, each [N, B, Y, J, H] (Y groups of J keys)."""
+    """What one attention has of the J tokens it attends to: keys [N, B, H, J] and values [N, B, J, H], so that the
+    products with a query read them as they lie."""
 
     keys: jax.Array
     values: jax.Array
 
 
 class Retrieved(NamedTuple):
-    """The encoded neighbours of the last complete chunk: for each CCA layer their keys and values, and which of their
-    tokens may be seen, [B, K, R]."""
+    """The encoded neighbours of the last complete chunk: for each CCA layer keys and values of their K * R tokens, and
+    which of them may be seen, [B, K * R]."""
 
     layers: list[Stored]
     valid: jax.Array
@@ -39,13 +41,16 @@ class State(NamedTuple):
     """What the model keeps of the slots it was fed.
 
     Attributes:
-      past: keys and values of every layer's self-attention, one group of S slots.
+      past: keys and values of every layer's self-attention, S slots, those before the current chunk.
+      chunk: the same of the current chunk, M slots. Apart from the past, so that a loop over the tokens
+        of a chunk leaves the past alone; XLA would copy it for every token.
       valid: [B, S] bool, False at PAD.
       hidden: [B, M, D], activations after ATTN of layer min(P) in the current chunk: what E is conditioned on.
       retrieved: what CCA attends to; None for RETRO[OFF] and baselines.
     """
 
     past: list[Stored]
+    chunk: list[Stored]
     valid: jax.Array
     hidden: jax.Array
     retrieved: Retrieved | None
@@ -98,18 +103,19 @@ class Incremental(nnx.Module):
         config = self.config
         dtype = compute_dtype(config)
 
-        def stored(*groups: int) -> Stored:
-            shape = (config.num_heads, batch, *groups, config.head_size)
-            zeros = rules.constrain(jnp.zeros(shape, dtype), "heads", "batch", *(None for _ in groups), None)
-            return Stored(zeros, zeros)
+        def stored(tokens: int) -> Stored:
+            zeros = jnp.zeros((config.num_heads, batch, tokens, config.head_size), dtype)
+            zeros = rules.constrain(zeros, "heads", "batch", None, None)
+            return Stored(jnp.swapaxes(zeros, -1, -2), zeros)
 
         retrieved = None
         if neighbours is not None:
             start, stop = config.neighbour_range
-            shape = (neighbours, stop - start)
-            retrieved = Retrieved([stored(*shape) for _ in config.cca_layers], jnp.zeros((batch, *shape), bool))
+            tokens = neighbours * (stop - start)
+            retrieved = Retrieved([stored(tokens) for _ in config.cca_layers], jnp.zeros((batch, tokens), bool))
         return State(
-            [stored(1, slots) for _ in self.blocks],
+            [stored(slots) for _ in self.blocks],
+            [stored(config.chunk_length) for _ in self.blocks],
             jnp.zeros((batch, slots), bool),
             jnp.zeros((batch, config.chunk_length, config.width), dtype),
             retrieved,
@@ -123,49 +129,58 @@ class Incremental(nnx.Module):
         slot: jax.Array,
         neighbours: jax.Array | None = None,
         *,
+        ends_chunk: bool,
         complete: jax.Array | bool = True,
     ) -> tuple[jax.Array, State]:
-        """Feeds the tokens of slots `slot` to `slot + I - 1`, all of one chunk.
+        """Feeds the tokens of slots `slot` to `slot + I - 1`: one, or a whole chunk.
 
         Args:
           distances: of this model and the state's slots.
           state: of the slots before.
           tokens: [B, I] int32.
           slot: int32 scalar.
-          neighbours: [B, K, R] int32 of the chunk whose last slot is the last of these; attended to from that slot on
-            (two phases: up to ATTN of layer min(P) for these tokens, then the encoder, then the rest). None where the
-            chunk goes on, or when nothing is retrieved.
-          complete: bool scalar; False: there are neighbours, but the tokens end before the chunk does (the rest is
-            PAD), and E stays that of the chunk before.
+          neighbours: [B, K, R] int32 of the chunk that ends with these slots; attended to from the last one on (two
+            phases: up to ATTN of layer min(P) for these tokens, then the encoder, then the rest). None where the chunk
+            goes on, or when nothing is retrieved.
+          ends_chunk: these slots are the last of their chunk.
+          complete: bool scalar; False: the tokens end before these slots do (the rest is PAD), and E stays that of the
+            chunk before.
 
         Returns:
           [B, I, D] after the final norm, and the state with these slots in it.
         """
         length = tokens.shape[1]
-        slots = jnp.arange(state.valid.shape[1])
         valid = jax.lax.dynamic_update_slice(state.valid, tokens != self.config.pad_id, (0, slot))
-        mask = valid[:, None] & (slots <= slot + jnp.arange(length)[:, None])
-        past = list(state.past)
+        place = slot % self.config.chunk_length
+        begin = slot - place
+        current = jax.lax.dynamic_slice_in_dim(valid, begin, self.config.chunk_length, axis=1)
+        causal = jnp.arange(self.config.chunk_length) <= place + jnp.arange(length)[:, None]
+        earlier = state.valid & (jnp.arange(valid.shape[1]) < begin)
+        earlier = jnp.broadcast_to(earlier[:, None], (len(tokens), length, valid.shape[1]))
+        mask = jnp.concatenate([earlier, current[:, None] & causal], axis=-1)
+        past, chunk = list(state.past), list(state.chunk)
         x = self.embedding(tokens)
 
         def attend(x: jax.Array, index: int) -> jax.Array:
             relative = distances.past[index] if distances.past else None
-            added, past[index] = _extend(
-                self.blocks[index].attention, x, past[index], mask, relative, slot, self.config
-            )
+            attention = self.blocks[index].attention
+            added, chunk[index] = _extend(attention, x, past[index], chunk[index], mask, relative, slot, self.config)
+            if ends_chunk:
+                past[index] = Stored(
+                    jax.lax.dynamic_update_slice(past[index].keys, chunk[index].keys, (0, 0, 0, begin)),
+                    jax.lax.dynamic_update_slice(past[index].values, chunk[index].values, (0, 0, begin, 0)),
+                )
             return x + added
 
         for index in range(self.entry):
             x = rules.constrain(self.blocks[index].ffw(attend(x, index)), "batch", "tokens", None)
         if self.entry == len(self.blocks):
-            return self.norm(x), State(past, valid, state.hidden, None)
+            return self.norm(x), State(past, chunk, valid, state.hidden, None)
         x = attend(x, self.entry)
-        place = slot % self.config.chunk_length
         hidden = jax.lax.dynamic_update_slice(state.hidden, x, (0, place, 0))
         before = after = state.retrieved
         if neighbours is not None:
-            seen = jax.lax.dynamic_slice_in_dim(valid, slot - place, self.config.chunk_length, axis=1)
-            encode = functools.partial(self._encode, neighbours, hidden, seen)
+            encode = functools.partial(self._encode, neighbours, hidden, current)
             after = encode() if complete is True else jax.lax.cond(complete, encode, lambda: before)
         number = 0
         for index in range(self.entry, len(self.blocks)):
@@ -185,7 +200,7 @@ class Incremental(nnx.Module):
                 x = x + jnp.concatenate(added, axis=1)
                 number += 1
             x = rules.constrain(block.ffw(x), "batch", "tokens", None)
-        return self.norm(x), State(past, valid, hidden, after)
+        return self.norm(x), State(past, chunk, valid, hidden, after)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """READ of algorithm 1: hidden [..., D] to logits [..., V] float32."""
@@ -207,8 +222,9 @@ class Incremental(nnx.Module):
             keys = cca.heads(values, cca.key)
             if config.cross_positions and config.positions == "rope":
                 keys = rotate(keys, _angles(config, jnp.arange(values.shape[-2])))
-            layers.append(Stored(keys, cca.heads(values, cca.value)))
-        return Retrieved(layers, memory.valid[:, 0])
+            flat = [x.reshape(*x.shape[:2], -1, x.shape[-1]) for x in (keys, cca.heads(values, cca.value))]
+            layers.append(Stored(jnp.swapaxes(flat[0], -1, -2), flat[1]))
+        return Retrieved(layers, memory.valid.reshape(len(values), -1))
 
 
 def split_incremental(model: Retro) -> tuple[nnx.GraphDef, nnx.State]:
@@ -249,28 +265,36 @@ def _extend(
     attention: Attention,
     x: jax.Array,
     past: Stored,
+    chunk: Stored,
     mask: jax.Array,
     relative: jax.Array | None,
     slot: jax.Array,
-    config,
+    config: RetroConfig,
 ) -> tuple[jax.Array, Stored]:
-    """Causal self-attention of x [B, I, D] at `slot` on all slots up to each: what it adds, and the longer past."""
+    """Causal self-attention of x [B, I, D] at `slot`: what it adds, and the chunk with its keys and values in it.
+
+    Args:
+      mask: [B, I, S + M] bool, of the past and of the chunk.
+    """
     x = attention.norm(x)
     keys, values = attention.heads(x, attention.key), attention.heads(x, attention.value)
-    angles = None
+    place = slot % config.chunk_length
+    angles = shift = None
     if config.positions == "rope":
         angles = _angles(config, slot + jnp.arange(x.shape[1]))
         keys = rotate(keys, angles)
-    at = (0, 0, 0, slot, 0)
-    past = Stored(
-        jax.lax.dynamic_update_slice(past.keys, keys[:, :, None], at),
-        jax.lax.dynamic_update_slice(past.values, values[:, :, None], at),
-    )
-    if relative is not None:
+    else:
         # Keys after the query are masked, so their distances need no numbers of their own.
-        shift = relative.shape[1] - slot - x.shape[1]
-        return _attend(attention, x, past, mask[:, :, None], (relative, shift, relative.shape[1]), None), past
-    return _attend(attention, x, past, mask[:, :, None], None, angles), past
+        slots = relative.shape[1]
+        shift = Shift(relative, slots - slot - x.shape[1], slots, more=slots, second=slot - place)
+    keys = jnp.swapaxes(keys, -1, -2)
+    if x.shape[1] == config.chunk_length:
+        chunk = Stored(keys, values)
+    else:
+        # By choice and not by an update in place, which XLA on a CPU would copy the chunk four times for.
+        here = jnp.arange(config.chunk_length) == place
+        chunk = Stored(jnp.where(here, keys, chunk.keys), jnp.where(here[:, None], values, chunk.values))
+    return _attend(attention, x, [past, chunk], mask, shift, angles), chunk
 
 
 def _cross(
@@ -280,7 +304,7 @@ def _cross(
     valid: jax.Array,
     relative: jax.Array | None,
     first: jax.Array | int,
-    config,
+    config: RetroConfig,
 ) -> jax.Array:
     """CCA of x [B, I, D], indices `first` and on of the attending chunk (modulo M), on E: what it adds."""
     length, offset = x.shape[1], config.chunk_length - 1
@@ -288,45 +312,68 @@ def _cross(
     angles = None
     if config.cross_positions and config.positions == "rope":
         angles = _angles(config, first + jnp.arange(length) + offset)
-    shift = None if relative is None else (relative, offset - first - (length - 1), 0)
-    return _attend(cca, cca.norm(x), stored, valid[:, None], shift, angles)
+    shift = None
+    if relative is not None:
+        start, stop = config.neighbour_range
+        shift = Shift(relative, offset - first - (length - 1), stop - start)
+    return _attend(cca, cca.norm(x), [stored], valid[:, None], shift, angles)
+
+
+class Shift(NamedTuple):
+    """Where in a table of distances the ones of some queries and keys are.
+
+    Attributes:
+      table: keys of the distances [N, P, H], descending.
+      column: the one with the distance of the last query to the first key.
+      keys: how many keys have places of their own; further neighbours have the same again.
+      more: columns of nothing to add at the end of the table.
+      second: where there are two sources of keys, the key of the first that has the place of the second's first.
+    """
+
+    table: jax.Array
+    column: jax.Array | int
+    keys: int
+    more: int = 0
+    second: jax.Array | int = 0
 
 
 def _attend(
     attention: Attention,
     x: jax.Array,
-    stored: Stored,
+    sources: list[Stored],
     mask: jax.Array,
-    relative: tuple[jax.Array, jax.Array | int, int] | None,
+    shift: Shift | None,
     angles: tuple[jax.Array, jax.Array] | None,
 ) -> jax.Array:
-    """Normalised queries x [B, I, D] on stored keys, under one softmax over Y and J: [B, I, D] to be added to x.
+    """Normalised queries x [B, I, D] on stored keys, under one softmax over all of them: [B, I, D] to be added to x.
 
     Args:
-      mask: bool, broadcastable to [B, I, Y, J].
-      relative: keys of distances [N, P, H], descending; the column that holds the distance of the last query to the
-        first key; how many columns of nothing to add at their end.
+      sources: one or two.
+      mask: bool, broadcastable to [B, I, J], J that of the sources together.
+      shift: for transformer_xl.
       angles: of the queries, for rope.
     """
     query = attention.heads(x, attention.query)
-    keys = stored.keys.shape[-2]
-    position = None
-    if relative is not None:
-        content = attention.biased(query, attention.content_bias)
-        position = attention.biased(query, attention.position_bias)
-    else:
+    if shift is None:
         content = query * attention.scale
         content = content if angles is None else rotate(content, angles)
-    logits = product("nbih,nbyjh->nbiyj", content, stored.keys, attention.statistics)
-    if position is not None:
-        table, column, more = relative
-        products = product("nbih,nph->nbip", position, table)
-        products = jnp.pad(products, ((0, 0), (0, 0), (0, 0), (0, more)))
-        products = jax.lax.dynamic_slice_in_dim(products, column, keys + x.shape[1], axis=-1)
-        logits += skew(products, keys)[..., None, :]
-    probabilities = masked_softmax(logits, mask, (-2, -1)).astype(attention.compute)
-    return attention.project(product("nbiyj,nbyjh->nbih", probabilities, stored.values))
+    else:
+        content = attention.biased(query, attention.content_bias)
+        products = product("nbih,nph->nbip", attention.biased(query, attention.position_bias), shift.table)
+        products = jnp.pad(products, ((0, 0), (0, 0), (0, 0), (0, shift.more)))
+        products = jax.lax.dynamic_slice_in_dim(products, shift.column, shift.keys + x.shape[1], axis=-1)
+        products = skew(products, shift.keys)
+    logits = [product("nbih,nbhj->nbij", content, source.keys, attention.statistics) for source in sources]
+    sizes = [each.shape[-1] for each in logits]
+    if shift is not None:
+        logits[0] += jnp.tile(products, sizes[0] // shift.keys)
+        if len(sources) > 1:
+            logits[1] += jax.lax.dynamic_slice_in_dim(products, shift.second, sizes[1], axis=-1)
+    weights = masked_softmax(jnp.concatenate(logits, axis=-1), mask, (-1,)).astype(attention.compute)
+    parts = jnp.split(weights, [sizes[0]], axis=-1)
+    mixed = [product("nbij,nbjh->nbih", part, source.values) for part, source in zip(parts, sources, strict=False)]
+    return attention.project(functools.reduce(jnp.add, mixed))
 
 
-def _angles(config, places: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _angles(config: RetroConfig, places: jax.Array) -> tuple[jax.Array, jax.Array]:
     return rotation(places, config.head_size, config.rope_theta, statistics_dtype(config))

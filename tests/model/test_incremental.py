@@ -48,11 +48,13 @@ class Fed:
 
     @functools.cached_property
     def advance(self):
-        def run(params, distances, state, tokens, slot, neighbours, complete):
-            hidden, state = self._model(params).advance(distances, state, tokens, slot, neighbours, complete=complete)
+        def run(params, distances, state, tokens, slot, neighbours, ends_chunk, complete):
+            hidden, state = self._model(params).advance(
+                distances, state, tokens, slot, neighbours, ends_chunk=ends_chunk, complete=complete
+            )
             return self._model(params).logits(hidden), state
 
-        return jax.jit(run, compiler_options=QUICK)
+        return jax.jit(run, static_argnums=6, compiler_options=QUICK)
 
     def chunks(self, tokens, neighbours, count):
         """State and logits after `count` tokens, in pieces of M, the last one filled up with PAD."""
@@ -67,16 +69,17 @@ class Fed:
                 near = np.zeros((len(tokens), self.neighbours, self.config.neighbour_length), np.int32)
                 if length == M:
                     near = neighbours[:, start // M]
-            out, state = self.advance(self.own, self.distances, state, piece, start, near, complete)
+            out, state = self.advance(self.own, self.distances, state, piece, start, near, True, complete)
             found.append(out[:, :length])
         return found, state
 
     def tokens(self, state, tokens, neighbours, first):
         found = []
         for slot in range(first, tokens.shape[1]):
-            near = neighbours[:, slot // M] if self.neighbours is not None and (slot + 1) % M == 0 else None
+            ends_chunk = (slot + 1) % M == 0
+            near = neighbours[:, slot // M] if self.neighbours is not None and ends_chunk else None
             out, state = self.advance(
-                self.own, self.distances, state, tokens[:, slot : slot + 1], slot, near, jnp.asarray(True)
+                self.own, self.distances, state, tokens[:, slot : slot + 1], slot, near, ends_chunk, jnp.asarray(True)
             )
             found.append(out)
         return found
