@@ -280,9 +280,10 @@ class _Batch:
         tokens, nats, slot = jax.device_get((carry.tokens, carry.log_probabilities, carry.slot))
         self._carry, self._slot, self._tokens = carry, int(slot), np.array(tokens)
         for index, row in enumerate(self._rows):
-            fresh = slice(max(begun + 1, self._where.ends[index]), self._slot + 1)
-            row.tokens += self._tokens[index, fresh].tolist()
-            row.log_probabilities += nats[index, fresh].tolist()
+            if row.live:
+                fresh = slice(max(begun + 1, self._where.ends[index]), self._slot + 1)
+                row.tokens += self._tokens[index, fresh].tolist()
+                row.log_probabilities += nats[index, fresh].tolist()
         return True
 
     def _find(self, chunks: Iterable[int]) -> dict[tuple[int, int], RetrievedChunk]:
