@@ -58,6 +58,9 @@ class Decoding:
         )
 
 
+_LANES = 128
+
+
 class Choice(NamedTuple):
     """`Decoding` as scalars."""
 
@@ -91,7 +94,7 @@ def choose(logits: jax.Array, seen: jax.Array, choice: Choice, samples: jax.Arra
         scaled = logits / choice.temperature
         filters = (choice.top_k > 0) | (choice.top_p < 1) | (choice.min_p > 0)
         scaled = jax.lax.cond(filters, lambda: jnp.where(kept(scaled, choice), scaled, -jnp.inf), lambda: scaled)
-        return jnp.argmax(scaled + _noise(choice.seed, samples, positions, logits.shape[1]), axis=-1)
+        return _draw(scaled, _uniform(choice.seed, samples, positions))
 
     greedy = choice.temperature == 0
     return jax.lax.cond(greedy, lambda: jnp.argmax(logits, axis=-1), draw).astype(jnp.int32)
@@ -125,7 +128,8 @@ def _first_by_rank(values: jax.Array, weights: jax.Array, enough: jax.Array) -> 
     ordered = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))  # as integers they compare as the floats do
 
     def mass(mask: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(mask, weights, 0), axis=-1, keepdims=True)
+        # Rows of lanes are added to each other first: a CPU adds the numbers of one row one after the other.
+        return _lanes(jnp.where(mask, weights, 0)).sum(1).sum(-1, keepdims=True)
 
     def narrow(step: jax.Array, least: jax.Array) -> jax.Array:
         higher = least | (jnp.uint32(1 << 31) >> step.astype(jnp.uint32))
@@ -133,17 +137,42 @@ def _first_by_rank(values: jax.Array, weights: jax.Array, enough: jax.Array) -> 
 
     least = jax.lax.fori_loop(0, 32, narrow, jnp.zeros((len(values), 1), jnp.uint32))
     above, equal = ordered > least, ordered == least
-    # One after the other while the ones before are not enough.
-    among = jnp.where(equal, weights, 0)
-    before = mass(above) + jnp.cumsum(among, axis=-1) - among
-    return above | (equal & (before < enough))
+
+    def one_by_one() -> jax.Array:
+        among = jnp.where(equal, weights, 0)
+        return equal & (mass(above) + jnp.cumsum(among, axis=-1) - among < enough)
+
+    return above | jax.lax.cond(jnp.any(jnp.sum(equal, axis=-1) > 1), one_by_one, lambda: equal)
 
 
-def _noise(seed: jax.Array, samples: jax.Array, positions: jax.Array, size: int) -> jax.Array:
-    """Gumbel noise [B, V]: the largest of logits and noise is a draw from their softmax."""
+def _draw(scaled: jax.Array, uniform: jax.Array) -> jax.Array:
+    """The token [B] at which the probabilities of logits [B, V], added up, pass the uniform numbers [B].
+
+    Found in two steps, the row of lanes and then the lane, which needs no sum over all that go before.
+    """
+    weights = _lanes(jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True)))
+    rows = weights.sum(-1)
+    reached = jnp.cumsum(rows, axis=-1)
+    target = uniform[:, None] * reached[:, -1:]
+    row = jnp.argmax(reached > target, axis=-1)[:, None]
+    rest = target - (jnp.take_along_axis(reached, row, 1) - jnp.take_along_axis(rows, row, 1))
+    inside = jnp.take_along_axis(weights, row[..., None], 1)[:, 0]
+    possible = inside > 0
+    passed = possible & (jnp.cumsum(inside, axis=-1) > rest)
+    # Sums in another order may fall short by a rounding: then it is the last possible one.
+    last = _LANES - 1 - jnp.argmax(possible[:, ::-1], axis=-1)
+    return row[:, 0] * _LANES + jnp.where(passed.any(-1), jnp.argmax(passed, axis=-1), last)
+
+
+def _lanes(values: jax.Array) -> jax.Array:
+    """[B, V] to [B, rows, lanes], filled up with 0."""
+    return jnp.pad(values, ((0, 0), (0, -values.shape[1] % _LANES))).reshape(len(values), -1, _LANES)
+
+
+def _uniform(seed: jax.Array, samples: jax.Array, positions: jax.Array) -> jax.Array:
+    """A number in [0, 1) for each row, [B]."""
 
     def row(sample: jax.Array, position: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), sample), position)
-        return jax.random.gumbel(key, (size,))
+        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), sample), position))
 
     return jax.vmap(row)(samples, positions)

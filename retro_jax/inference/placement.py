@@ -47,10 +47,15 @@ def place(lengths: Sequence[int], *, chunk_length: int, slots: int) -> Placement
 
 
 def count_slots(tokens: int, *, chunk_length: int, most: int) -> int:
-    """Slots for so many tokens: one of few sizes, each twice the one before, at most `most` (a multiple of M)."""
+    """Slots for so many tokens: one of few sizes, at most `most` (a multiple of M).
+
+    The sizes are powers of two and one and a half times these, of chunks: every slot costs time, used or not.
+    """
     slots = _FEWEST_CHUNKS * chunk_length
     while slots < tokens:
         slots *= 2
+    if slots > _FEWEST_CHUNKS * chunk_length and slots // 4 * 3 >= tokens:
+        slots = slots // 4 * 3
     return min(slots, most)
 
 

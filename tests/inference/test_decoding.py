@@ -32,9 +32,9 @@ def test_greedy_takes_the_most_likely_token_and_the_lower_id_of_equals():
 
 
 @functools.cache
-def _oracle(probabilities, top_k, top_p, min_p):
+def _oracle(logits, probabilities, top_k, top_p, min_p):
     """Tokens left, by the sentences of Decoding's docstring."""
-    order = sorted(range(len(probabilities)), key=lambda token: (-probabilities[token], token))
+    order = sorted(range(len(probabilities)), key=lambda token: (-logits[token], token))
     order = order[: top_k or None]
     whole, left, mass = sum(probabilities[token] for token in order), [], 0.0
     for token in order:
@@ -59,8 +59,10 @@ def test_kept_tokens_are_those_of_the_definition(logits, top_k, top_p, min_p):
     # Only where float32 sums decide nothing: the oracle is asked a little to both sides.
     weights = np.exp(logits.astype(np.float64) - logits.max())
     probabilities = tuple((weights / weights.sum()).tolist())
-    few = _oracle(probabilities, top_k, top_p * (1 - 1e-5) if top_p < 1 else 1.0, min_p * (1 + 1e-5))
-    many = _oracle(probabilities, top_k, min(1.0, top_p * (1 + 1e-5)), min_p * (1 - 1e-5))
+    few = _oracle(
+        tuple(logits.tolist()), probabilities, top_k, top_p * (1 - 1e-5) if top_p < 1 else 1.0, min_p * (1 + 1e-5)
+    )
+    many = _oracle(tuple(logits.tolist()), probabilities, top_k, min(1.0, top_p * (1 + 1e-5)), min_p * (1 - 1e-5))
     possible = {token for token in np.flatnonzero(kept).tolist() if probabilities[token] > 0}
     assert {token for token in few if probabilities[token] > 0} <= possible <= many
 
@@ -77,6 +79,14 @@ def test_draws_repeat_with_seed_sample_and_position_and_follow_the_distribution(
     np.testing.assert_allclose(np.bincount(colder) / 4000, np.square([0.5, 0.3, 0.2]) / 0.38, atol=0.03)
     narrow = choose(logits, Decoding(top_k=2), positions)
     np.testing.assert_allclose(np.bincount(narrow) / 4000, [0.625, 0.375], atol=0.03)
+
+
+def test_draws_over_many_rows_of_lanes_follow_the_distribution():
+    logits = np.full(1000, -np.inf)
+    logits[[5, 127, 128, 700, 999]] = np.log([0.4, 0.1, 0.2, 0.1, 0.2])
+    draws = np.bincount(choose(logits, Decoding(), range(4000)), minlength=1000) / 4000
+    np.testing.assert_allclose(draws, np.exp(logits), atol=0.03)
+    assert not draws[np.isinf(logits)].any()
 
 
 def test_a_banned_token_is_never_drawn():

@@ -28,12 +28,7 @@ def test_a_row_that_is_full_forgets_a_quarter_of_the_chunks():
 
 
 def test_sizes_come_in_few_kinds():
-    assert [count_slots(n, chunk_length=64, most=2048) for n in (1, 512, 513, 1500, 5000)] == [
-        512,
-        512,
-        1024,
-        2048,
-        2048,
-    ]
+    sizes = {n: count_slots(n, chunk_length=64, most=2048) for n in (1, 512, 513, 769, 1025, 1537, 5000)}
+    assert list(sizes.values()) == [512, 512, 768, 1024, 1536, 2048, 2048]
     assert count_slots(100, chunk_length=64, most=192) == 192
     assert [count_rows(n) for n in (1, 2, 3, 4, 5)] == [1, 2, 4, 4, 8]
