@@ -31,6 +31,7 @@ def test_a_sample_shows_the_neighbours_of_each_complete_chunk(database, finished
         "--prompt=Ein Prompt mit Ümläuten 日本 and plenty of words, so that chunks are complete",
         "--max_new_tokens=20",
         "--seed=3",
+        "--max_context=128",
         f"--database={directory}",
         f"--embedder={bert}",
         f"--output={output}",
