@@ -33,7 +33,7 @@ def test_a_curve_ends_where_nothing_is_left_to_find():
     points = search_measure.curve(search, [100, 200, 300, 400], vectors, queries, squares, seconds=0.01, start=0.5)
     assert [each["setting"] for each in points] == [200, 300]
     assert points[-1]["recall"] == 1 > points[0]["recall"] >= 0.5
-    assert all(each["queries_per_second"] >= each["queries_per_second_median"] > 0 for each in points)
+    assert all(each["queries_per_second"] > 0 for each in points)
 
 
 def test_the_best_point_is_the_quickest_that_has_the_recall():
@@ -46,9 +46,10 @@ def test_the_best_point_is_the_quickest_that_has_the_recall():
 def test_our_line_and_the_comparison_without_peers(monkeypatch, tmp_path):
     monkeypatch.setattr(retrieval, "QUERIES", 64)
     settings = {"kind": "tree", "num_leaves": 40, "reorder": 32}
-    ours, comparison = retrieval.search_lines(unit(2500), [2000], peers=(), settings=settings, seconds=0.01)
+    ours, comparison = retrieval.search_lines(unit(2500), [2000], peers=(), settings=settings, seconds=0.01, turns=2)
     assert ours["engine"] == "retro_jax" and ours["vectors"] == 2000 and ours["best"]["recall"] >= 0.95
-    assert ours["build_seconds"] > 0 and 16 * 4 < ours["bytes_per_vector"] < 400
+    assert ours["build_seconds"] > 0 and 16 * 2 < ours["bytes_per_vector"] < 400
+    assert all(each["queries_per_second"] >= each["queries_per_second_median"] > 0 for each in ours["points"])
     assert comparison["best_peer"] is None and comparison["ratio_to_best_peer"] is None
     assert comparison["queries_per_second"] == {"retro_jax": ours["best"]["queries_per_second"]}
     retrieval_plot.plot_recall([ours, comparison], tmp_path / "plot.png")
@@ -69,7 +70,10 @@ def test_what_cannot_be_measured_is_said(tmp_path):
 def test_every_peer_answers_the_same_queries(monkeypatch):
     """Makes the peers' environment, so it needs a package index and a C++ compiler."""
     monkeypatch.setattr(retrieval, "QUERIES", 64)
-    lines = list(retrieval.search_lines(unit(2500), [2000], settings={"kind": "tree", "num_leaves": 40}, seconds=0.01))
+    lines = list(
+        retrieval.search_lines(unit(2500), [2000], settings={"kind": "tree", "num_leaves": 40}, seconds=0.01, turns=1)
+    )
     assert [line["engine"] for line in lines] == ["retro_jax", *retrieval.PEERS, "comparison"]
-    assert all(line["best"]["recall"] >= 0.95 and line["bytes_per_vector"] > 0 for line in lines[:-1])
+    assert all(line["points"] and line["bytes_per_vector"] > 0 for line in lines[:-1])
+    assert [line["best"]["recall"] for line in lines if line["engine"] == "faiss_exact"] == [1]
     assert lines[-1]["ratio_to_best_peer"] > 0

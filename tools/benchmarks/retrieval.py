@@ -2,12 +2,14 @@
 
 Our index stands beside FAISS (inverted lists with 4-bit codes and exact refinement, flat lists, a graph, exact search)
 and hnswlib, which live in an environment of their own, made on first use. Every engine builds with all cores, in a
-process of its own, and answers batches of 1,024 queries with `cores` of them. Queries are chunks that are not in the
-index.
+process of its own, and answers batches of 1,024 queries with `cores` of them. The engines take turns, so that a machine
+that others use too is as busy for one as for another; the best of the turns counts. Queries are chunks that are not in
+the index.
 """
 
 import math
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,6 +29,7 @@ PACKAGES = ("numpy==2.4.6", "faiss-cpu==1.15.1", "hnswlib==0.8.0", "packaging==2
 IMPORTS = "import faiss, hnswlib, numpy"
 PEERS = ("faiss_fast_scan", "faiss_fast_scan_fine", "faiss_flat_lists", "faiss_hnsw", "hnswlib", "faiss_exact")
 QUERIES = 2048
+_DEPTHS = (16, 32)
 _LEAVES_SHARE = (
     0.0025,
     0.005,
@@ -93,6 +96,7 @@ def search_lines(
     k: int = 2,
     cores: int = 1,
     seconds: float = search_measure.SECONDS,
+    turns: int = 3,
 ) -> Iterator[dict[str, Any]]:
     """Measures every engine at every size; a line each, and at the end of a size one that compares them.
 
@@ -105,7 +109,8 @@ def search_lines(
       goal: recall@k at which the engines are compared.
       k: neighbours.
       cores: that may search.
-      seconds: of a round of searches.
+      seconds: that a rate is measured over in a turn.
+      turns: of every engine.
 
     Raises:
       UserError: too few vectors, or a peer that cannot be installed.
@@ -119,13 +124,22 @@ def search_lines(
     for size in sizes:
         with tempfile.TemporaryDirectory() as directory:
             job = _write(Path(directory), rows[:size], queries, k) | {"k": k, "cores": cores, "seconds": seconds}
+            job |= {"folder": directory, "settings": settings or {}, "unit": _unit(rows)}
             common = {"benchmark": "retrieval", "vectors": size, "dimension": rows.shape[1], "k": k, "cores": cores}
-            lines = [{**common, "engine": "retro_jax", **_ours(Path(directory), job, settings or {})}]
-            yield lines[-1] | best(lines[-1]["points"], goal)
+            sides = {"retro_jax": (sys.executable, "benchmarks.search_ours", job)}
             for engine in peers:
-                measured = children.run(python, "benchmarks.search_peers", {**job, "engine": engine})
-                lines.append({**common, "engine": engine, **measured})
-                yield lines[-1] | best(lines[-1]["points"], goal)
+                sides[engine] = (python, "benchmarks.search_peers", {**job, "engine": engine})
+            built = {name: children.run(*side[:2], {**side[2], "do": "build"}) for name, side in sides.items()}
+            sides["retro_jax"][2]["sweep"] = _sweep(built["retro_jax"]["num_leaves"] or 1, settings or {})
+            found: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in sides}
+            for _ in range(turns):
+                for name, side in sides.items():
+                    found[name].append(children.run(*side[:2], {**side[2], "do": "search"})["points"])
+            lines = []
+            for name in sides:
+                points = _over_turns(found[name])
+                lines.append({**common, "engine": name, **built[name], **best(points, goal), "points": points})
+                yield lines[-1]
             yield {**common, "engine": "comparison", **_compared(lines, goal)}
 
 
@@ -137,19 +151,27 @@ def best(points: Sequence[dict[str, Any]], goal: float) -> dict[str, Any]:
     return {"recall_goal": goal, "best": max(enough, key=lambda point: point["queries_per_second"])}
 
 
-def _ours(directory: Path, job: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    unit = bool(np.allclose(np.square(np.load(job["vectors"], mmap_mode="r")[:1000]).sum(1), 1, atol=1e-3))
-    job = {**job, "folder": str(directory / "ours"), "settings": settings, "unit": unit}
-    built = children.run(sys.executable, "benchmarks.search_ours", {**job, "do": "build"})
-    leaves = built["num_leaves"] or 1
-    shown = sorted({max(1, math.ceil(share * leaves)) for share in _LEAVES_SHARE})
-    depths = [settings["reorder"]] if "reorder" in settings else [16, 32, 64]
-    sweep = [[searched, depth] for searched in shown for depth in depths]
-    return {
-        "settings": settings,
-        **built,
-        **children.run(sys.executable, "benchmarks.search_ours", {**job, "do": "search", "sweep": sweep}),
-    }
+def _sweep(leaves: int, settings: dict[str, Any]) -> list[list[int]]:
+    """Leaves to search and candidates to rescore, from little work to much."""
+    searched = sorted({max(1, math.ceil(share * leaves)) for share in _LEAVES_SHARE})
+    return [
+        [each, depth] for each in searched for depth in ([settings["reorder"]] if "reorder" in settings else _DEPTHS)
+    ]
+
+
+def _over_turns(turns: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The points of every setting that all turns have measured: the best rate and the median."""
+    points = []
+    for point in turns[0]:
+        rates = [each["queries_per_second"] for turn in turns for each in turn if each["setting"] == point["setting"]]
+        if len(rates) == len(turns):
+            median = statistics.median(rates)
+            points.append({**point, "queries_per_second": max(rates), "queries_per_second_median": median})
+    return points
+
+
+def _unit(vectors: np.ndarray) -> bool:
+    return bool(np.allclose(np.square(vectors[:1000]).sum(1), 1, atol=1e-3))
 
 
 def _write(directory: Path, vectors: np.ndarray, queries: np.ndarray, k: int) -> dict[str, str]:

@@ -17,7 +17,7 @@ def main(arguments: list[str]) -> None:
     if job["do"] == "search":
         measure.limit_cores(job["cores"])
     vectors = np.load(job["vectors"])
-    folder = Path(job["folder"])
+    folder = Path(job["folder"]) / "retro_jax"
     if job["do"] == "build":
         settings = IndexSettings(**job["settings"]).resolve(len(vectors), vectors.shape[1], unit=job["unit"])
         begun = time.perf_counter()
