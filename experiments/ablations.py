@@ -29,8 +29,8 @@ Expected, C4 bits per byte with a database of 1.75 T tokens (paper table 13):
 Most rows are within a hundredth of the default; with half of what is retrieved or none of it, with other numbers of
 neighbours in training, and with cross-attention in all layers it is more.
 
-Hardware: TPU or GPU. By the TPU compiler the default takes 13.8 of 30.75 GiB a chip and 1.0 to 1.1 s a step on v4:2x4x4,
-so 3.5 days at the least (see experiments/paper.py:172m, whose mesh and micro-batches these share).
+Hardware: TPU or GPU. By the TPU compiler the default takes 13.8 of 30.75 GiB a chip and 1.0 to 1.1 s a step on
+v4:2x4x4, so 3.5 days at the least (see experiments/paper.py:172m, whose mesh and micro-batches these share).
 """
 
 import ml_collections

@@ -4,8 +4,8 @@
     python launch/train.py --config=experiments/tiny.py:tiny-baseline --workdir=... --config.data.sequences=DIR
 
 DIR is the output of tools/write_sequences.py with --length=512 and a tokenizer of at most 8,192 tokens.
-Hardware: any CPU or one GPU. On two CPU cores 2.1 GiB at batch 4 and a step of about 2.1 s (batch 8: twice that), so two
-to three hours; the baseline takes a third of the time.
+Hardware: any CPU or one GPU. On two CPU cores a step of batch 4 took 2.1 s and 2.4 GiB; the batch here is 8, so two
+to three hours. The baseline takes a third of the time.
 """
 
 import ml_collections

@@ -9,7 +9,6 @@ documents (shuffled): when shuffled is as good as ON, retrieval is not used.
 """
 
 from collections.abc import Callable
-from pathlib import Path
 
 from absl import flags
 
@@ -22,6 +21,7 @@ from retro_jax.evaluation.bits_per_byte import MODES, Neighbourhood, Score, eval
 from retro_jax.evaluation.table import format_table
 from retro_jax.parallel import hosts
 from retro_jax.retrieval.neighbours import NeighbourTable
+from retro_jax.retrieval.segments import DatabaseCorpus
 from retro_jax.training.trained import TrainedRun, load_trained
 
 _WORKDIR = flags.DEFINE_list("workdir", None, "Runs to evaluate, separated by commas.")
@@ -103,7 +103,7 @@ def _neighbourhood(run: TrainedRun, mode: str) -> Neighbourhood | None:
     if not (_NEIGHBOURS.value and _DATABASE.value):
         raise UserError("evaluating a RETRO with retrieval needs --neighbours and --database; or give --modes=off")
     table = NeighbourTable(_NEIGHBOURS.value)
-    database = Corpus(Path(_DATABASE.value) / "corpus")
+    database = DatabaseCorpus(_DATABASE.value)
     run.check_tokenizer(database.tokenizer_fingerprint, _DATABASE.value)
     return Neighbourhood(table, database, _k(run), shuffled=mode == "shuffled")
 

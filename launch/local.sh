@@ -14,9 +14,9 @@
 #     --grace=S       seconds between SIGTERM and SIGKILL once a process has failed (10)
 #     --dry_run       print the commands
 #
-# When a process fails the others get 2 seconds to say so and are ended, and its exit status is the script's. SIGTERM,
-# SIGINT and SIGHUP are passed on as SIGTERM, once, and the programs are waited for: they save. JAX_PLATFORMS is cpu
-# unless the environment sets it.
+# When a process fails the others get 2 seconds to say so and are ended, and its exit status is the script's, not the 75
+# with which another one says that it ends because of the first. SIGTERM, SIGINT and SIGHUP are passed on as SIGTERM,
+# once, and the programs are waited for: they save. JAX_PLATFORMS is cpu unless the environment sets it.
 set -euo pipefail
 # shellcheck source=launch/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -47,8 +47,18 @@ python="${PYTHON:-python}"
 command -v "${PROGRAM[0]}" >/dev/null || die "${PROGRAM[0]}: no such program"
 
 # 2. The commands: the same for all but the number of the process
-free_port() {
-  "$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+free_port() { # below those that the system gives to outgoing connections, so that none takes it meanwhile
+  "$python" -c '
+import random, socket
+while True:
+    port = random.randrange(15_000, 30_000)
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+            break
+        except OSError:
+            continue
+print(port)'
 }
 port="${FLAG[port]:-$(free_port)}"
 environment=("JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}")
@@ -103,6 +113,7 @@ end_at="" # when to send SIGTERM to those that have not followed by themselves, 
 kill_at=""
 while true; do
   running=0
+  failed=()
   for i in "${!pids[@]}"; do
     [[ -z ${statuses[i]} ]] || continue
     if kill -0 "${pids[i]}" 2>/dev/null; then
@@ -112,15 +123,21 @@ while true; do
     status=0
     wait "${pids[i]}" || status=$?
     statuses[i]=$status
-    ((status != 0 && result == 0)) || continue
-    result=$status
+    ((status == 0)) || failed+=("$i")
+  done
+  if ((${#failed[@]} && result == 0)); then
+    cause=${failed[0]}
+    for i in "${failed[@]}"; do
+      if ((statuses[cause] == 75)); then cause=$i; fi
+    done
+    result=${statuses[cause]}
     if $signalled; then # they save together, so the others are nearly done as well
       kill_at=$((SECONDS + 60))
     else
-      say "process $i exited with $status; ending the others"
+      say "process $cause exited with $result; ending the others"
       end_at=$((SECONDS + 2))
     fi
-  done
+  fi
   ((running)) || break
   if $asked_to_stop && ! $signalled; then
     signalled=true

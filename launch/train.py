@@ -10,10 +10,10 @@ next start in --compilation_cache, else in $JAX_COMPILATION_CACHE_DIR, else in ~
 
 import os
 import sys
+import time
 from pathlib import Path
 
 import jax
-import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
@@ -39,8 +39,9 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main() -> None:
+    began = time.time()
     profile = _profile()
-    config = from_config_dict(TrainConfig, _recipe())
+    config = from_config_dict(TrainConfig, program.loaded(_CONFIG.value))
     _use_compilation_cache()
     program.start_cluster()
     result = train(
@@ -49,6 +50,7 @@ def main() -> None:
         resume_from=_RESUME_FROM.value,
         profile=profile,
         profile_all=_PROFILE_ALL.value,
+        began=began,
     )
     if not hosts.is_primary():
         sys.exit(143 if result.terminated else 0)
@@ -58,14 +60,6 @@ def main() -> None:
     losses = [line["loss"] for line in read_metrics(_WORKDIR.value) if line["loss"] is not None]
     loss = f"loss {losses[-1]:.4f} nats per token" if losses else "finished"
     print(f"step {result.step}: {loss}; the run lies in {_WORKDIR.value}")
-
-
-def _recipe() -> ml_collections.ConfigDict:
-    try:
-        _CONFIG.value.to_dict()  # a recipe that failed to load says so only when it is used
-        return _CONFIG.value
-    except (OSError, SyntaxError, AttributeError) as error:
-        raise UserError(f"--config cannot be loaded: {' '.join(str(error).split())}") from None
 
 
 def _profile() -> tuple[int, int] | None:

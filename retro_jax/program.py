@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, NoReturn
 
+import ml_collections
 from absl import app, flags, logging
 
-from retro_jax.errors import UserError
+from retro_jax.errors import TemporaryError, UserError
 
 if TYPE_CHECKING:
     from retro_jax.data.distribute import BeamOptions
@@ -24,10 +25,11 @@ def run(main: Callable[..., None], *, positional: bool = False) -> None:
 
     Unknown flags are mistakes (absl names the nearest flag), and so are positional arguments unless `positional`, when
     `main` gets their list. A full disk, a missing file and a refused permission are reported with the file's name.
-    SIGINT exits with 130.
+    What only has to be waited for (`TemporaryError`) exits with 75, SIGINT with 130.
 
     A program that has called `start_cluster` ends together with the other processes of its run: when one fails, the
-    others say which and exit with 1; when one is lost, with 75; when all come to their end, they part.
+    others say which and exit with 1, or 75 as it does; when one is lost, with 75; when all come to their end, they
+    part.
     """
 
     def checked(arguments: Sequence[str]) -> None:
@@ -41,13 +43,14 @@ def run(main: Callable[..., None], *, positional: bool = False) -> None:
             with _together():
                 main(list(arguments[1:])) if positional else main()
         except UserError as error:
-            _fail(str(error))
+            _fail(str(error), error.exit_status)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             _exit(128 + signal.SIGINT, "interrupted")
         except BrokenPipeError:
-            sys.stderr.close()  # the reader of our output has gone, and Python would complain when it flushes
-            sys.exit(128 + signal.SIGPIPE)
+            if _cluster() is None:
+                sys.stderr.close()  # the reader of our output has gone, and Python would complain when it flushes
+            _exit(128 + signal.SIGPIPE, "nobody reads its output any more")
         except OSError as error:
             name = f"{error.filename}: " if error.filename else ""
             _fail(f"{name}{_MESSAGES.get(error.errno, error.strerror or str(error))}")
@@ -80,6 +83,19 @@ def _parse_flags(arguments: Sequence[str]) -> list[str]:
         return flags.FLAGS(arguments)
     except (flags.Error, UserError, AttributeError, KeyError, TypeError, ValueError) as error:
         _fail(" ".join(str(error).split()))
+
+
+def loaded(recipe: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The value of a config-file flag. A recipe that failed to load says so only when it is used: here.
+
+    Raises:
+      UserError: it cannot be loaded.
+    """
+    try:
+        recipe.to_dict()
+    except (OSError, SyntaxError, AttributeError) as error:
+        raise UserError(f"--config cannot be loaded: {' '.join(str(error).split())}") from None
+    return recipe
 
 
 def define_cluster_flags() -> None:
@@ -150,15 +166,17 @@ def _together() -> Iterator[None]:
         cluster.leave()
 
 
-def _fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    _exit(1, message)
+def _fail(message: str, status: int = UserError.exit_status) -> NoReturn:
+    with contextlib.suppress(BrokenPipeError):  # nobody reads it; the other processes must be told all the same
+        print(f"error: {message}", file=sys.stderr)
+    _exit(status, message)
 
 
 def _exit(status: int, reason: str) -> NoReturn:
     if cluster := _cluster():
-        cluster.fail(reason)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        cluster.fail(reason, temporary=status == TemporaryError.exit_status)
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(BrokenPipeError):
+                stream.flush()
         os._exit(status)  # JAX's own end would wait for the other processes
     sys.exit(status)

@@ -46,6 +46,11 @@ def test_a_mistake_is_one_line_and_status_one(body, arguments, line):
     assert line in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr
 
 
+def test_what_has_to_be_waited_for_is_one_line_and_status_75():
+    result = run("from retro_jax.errors import TemporaryError; raise TemporaryError('process 3 did not come')")
+    assert (result.returncode, result.stderr) == (75, "error: process 3 did not come\n")
+
+
 def test_a_defect_of_ours_keeps_its_traceback():
     result = run("1 / 0")
     assert result.returncode != 0 and "ZeroDivisionError" in result.stderr and "Traceback" in result.stderr

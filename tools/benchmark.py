@@ -1,14 +1,17 @@
-"""Speed, as one JSON line a result: training steps, beside the baseline's or a peer's, and reading of sequences.
+"""Speed, as one JSON line a result: training, reading, sampling and search, beside the baseline's or a peer's.
 
     python tools/benchmark.py train --shape=tiny
     python tools/benchmark.py train --shape=small --peer=retro-pytorch
     python tools/benchmark.py train --preset=425m --length=2048 --batch_size=16 --dtype=bfloat16
     python tools/benchmark.py data --sequences=demo/sequences --batch_size=32
+    python tools/benchmark.py sample --shape=tiny --peer=retro-pytorch --new_tokens=64,256
+    python tools/benchmark.py retrieval --embeddings=DB/embeddings --vectors=10000,100000 --plots=docs
 
 Every side is measured in a process of its own, so that its peak memory is its own, and the sides take turns. `train`
 gives our step beside that of the baseline with the same decoder, or, with --peer, beside the PyPI package retro-pytorch
 at the same shapes (in an environment that is made on first use); the last line then has the ratios. `data` reads from
-a cold start, --sequences or synthetic ones. Without a name both run.
+a cold start, --sequences or synthetic ones. `sample` generates with random neighbours, beside the same peer if asked.
+`retrieval` searches real embeddings with our index and with FAISS and hnswlib. Without a name `train` and `data` run.
 """
 
 import importlib.metadata
@@ -23,14 +26,15 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
-from benchmarks import children, reading, retro_pytorch, train
+from benchmarks import children, reading, retrieval, retrieval_plot, retro_pytorch, sample, train
 
 from retro_jax import program
 from retro_jax.config import DataConfig, OptimizerConfig, TrainConfig
 from retro_jax.data.records import SequenceSchema
 from retro_jax.errors import UserError
+from retro_jax.retrieval.embedder import EmbeddingSet
 
-BENCHMARKS = ("train", "data")
+BENCHMARKS = ("train", "data", "sample", "retrieval")
 ROOT = Path(__file__).resolve().parent.parent
 # What changes the speed without being in a configuration; both sides of a comparison get it.
 _VARIABLES = ("XLA_FLAGS", "JAX_PLATFORMS", "GLIBC_TUNABLES", "LD_PRELOAD", "MALLOC_ARENA_MAX", "OMP_NUM_THREADS")
@@ -56,6 +60,12 @@ _PEER = flags.DEFINE_enum("peer", None, [*train.PEERS], "A peer that is measured
 _PEER_TORCH = flags.DEFINE_string("peer_torch", retro_pytorch.TORCH, "What is installed as the peer's torch.")
 _PEER_PYTHON = flags.DEFINE_string("peer_python", None, "An interpreter that has the peer; no environment is made.")
 _SEQUENCES = flags.DEFINE_string("sequences", None, "Sequences directory; default random tokens.")
+_NEW_TOKENS = flags.DEFINE_list("new_tokens", None, "Tokens that `sample` generates; default 64 to 2048.")
+_PROMPTS = flags.DEFINE_list("prompts", ["1", "8"], "Prompts that `sample` continues together.")
+_EMBEDDINGS = flags.DEFINE_string("embeddings", None, "Embeddings directory that `retrieval` searches.")
+_VECTORS = flags.DEFINE_list("vectors", ["100000"], "Vectors in the index of `retrieval`, one number after the other.")
+_SEARCH_PEERS = flags.DEFINE_list("search_peers", [*retrieval.PEERS], "Engines beside ours; empty for none.")
+_PLOTS = flags.DEFINE_string("plots", None, "Directory for recall.png and growth.png of `retrieval`.")
 _BATCHES = flags.DEFINE_integer("batches", None, "Batches that `data` reads; default 2,000 sequences.", lower_bound=2)
 
 
@@ -63,11 +73,15 @@ def main(names: list[str]) -> None:
     for name in names:
         if name not in BENCHMARKS:
             raise UserError(f"benchmark {name!r} is none of {', '.join(BENCHMARKS)}")
-    chosen = names or list(BENCHMARKS)
+    chosen = names or ["train", "data"]
     if "train" in chosen:
         benchmark_train()
     if "data" in chosen:
         benchmark_data()
+    if "sample" in chosen:
+        benchmark_sample()
+    if "retrieval" in chosen:
+        benchmark_retrieval()
 
 
 def benchmark_train() -> None:
@@ -103,6 +117,52 @@ def benchmark_data() -> None:
         sequences = Path(directory) / "sequences"
         reading.write_synthetic(sequences, schema, 2 * batch_size * job["batches"])
         _report({"benchmark": "data", "synthetic": True, **_read({**job, "sequences": str(sequences)})})
+
+
+def benchmark_sample() -> None:
+    peer = _PEER.value is not None
+    lengths = _numbers(_NEW_TOKENS) if _NEW_TOKENS.value else sample.PEER_LENGTHS if peer else sample.LENGTHS
+    plan = sample.Plan(
+        lengths=lengths,
+        batch_sizes=(1,) if peer else _numbers(_PROMPTS),
+        k=_value("k"),
+        rounds=_ROUNDS.value or 1,
+        cores=_CORES.value,
+    )
+    for dtype in _DTYPE.value:
+        model = _config(dtype).model
+        if peer:
+            python = retro_pytorch.environment(_PEER_PYTHON.value, _PEER_TORCH.value)
+            lines = sample.against_peer(model, plan, python)
+        else:
+            lines = sample.alone(model, plan, train.parse_mesh(_MESH.value))
+        for line in lines:
+            _report(line)
+
+
+def benchmark_retrieval() -> None:
+    if not _EMBEDDINGS.value:
+        raise UserError("`retrieval` needs --embeddings, a directory that tools/embed_chunks.py has written")
+    lines = []
+    for line in retrieval.search_lines(
+        EmbeddingSet(_EMBEDDINGS.value),
+        _numbers(_VECTORS),
+        peers=[name for name in _SEARCH_PEERS.value if name],
+        peer_python=_PEER_PYTHON.value,
+        settings={"kind": "tree"},
+        cores=_CORES.value or 1,
+    ):
+        lines.append(line)
+        _report(dict(line))
+    if _PLOTS.value:
+        retrieval_plot.plot_recall(lines, Path(_PLOTS.value) / "recall.png")
+        retrieval_plot.plot_growth(lines, Path(_PLOTS.value) / "growth.png")
+
+
+def _numbers(flag: flags.FlagHolder[list[str]]) -> list[int]:
+    if not all(entry.isdecimal() and int(entry) for entry in flag.value):
+        raise UserError(f"--{flag.name}={','.join(flag.value)}: expected positive numbers with commas")
+    return [int(entry) for entry in flag.value]
 
 
 def _read(job: dict[str, Any]) -> dict[str, Any]:

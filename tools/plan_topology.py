@@ -19,7 +19,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
@@ -61,7 +60,7 @@ def main() -> None:
     os.environ.update(COMPILE_ONLY)
     jax.config.update("jax_platforms", "cpu")
     topology = parse_topology(_TOPOLOGY.value)
-    config = from_config_dict(TrainConfig, _recipe())
+    config = from_config_dict(TrainConfig, program.loaded(_CONFIG.value))
     length = _LENGTH.value or config.data.length or DEFAULT_LENGTH
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, length=length))
     limit = _HBM_GIB.value * 2**30 or None
@@ -180,14 +179,6 @@ class _Heartbeat:
 
     def _print(self) -> None:
         print(f"{time.monotonic() - self._begun:5.0f} s: {self._doing}", file=sys.stderr, flush=True)
-
-
-def _recipe() -> ml_collections.ConfigDict:
-    try:
-        _CONFIG.value.to_dict()  # a recipe that failed to load says so only when it is used
-        return _CONFIG.value
-    except (OSError, SyntaxError, AttributeError) as error:
-        raise UserError(f"--config cannot be loaded: {' '.join(str(error).split())}") from None
 
 
 def _written(one: Collective) -> str:

@@ -32,6 +32,7 @@ from retro_jax.progress import Progress
 LOCAL = "local"
 _RUN_BYTES = 2**15
 _LONGEST_TEXT = 2000  # characters; of at most 12 bytes in JSON
+_LONGEST_REASON = 300
 _SECONDS_BETWEEN_LOOKS = 0.5
 
 Work = Callable[[ShardWriter, dict[str, Any]], None]
@@ -99,7 +100,7 @@ def distribute(stage: Stage, units: Sequence[Unit], work: Work, options: BeamOpt
 
     Raises:
       UserError: what a worker raised. What other units have finished stays.
-      WorkersError: a worker process was lost, or shards that were written do not appear here.
+      WorkersError: a worker process was lost, the runner failed, or shards that were written do not appear here.
       OSError: what a worker raised, such as a full disk.
     """
     pending = [entry for entry in units if not all(map(stage.has, entry.shards))]
@@ -223,10 +224,14 @@ def _run_elsewhere(messages: list[str], options: BeamOptions) -> None:
             runner = create_runner(options.runner)
         except (ValueError, ImportError, AttributeError) as error:
             raise UserError(f"runner {options.runner!r}: {' '.join(str(error).split())}") from None
-        result = build_pipeline(runner, PipelineOptions(list(options.beam)), messages).run()
-        while not PipelineState.is_terminal(result.state):
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
-        result.wait_until_finish()
+        try:
+            result = build_pipeline(runner, PipelineOptions(list(options.beam)), messages).run()
+            while not PipelineState.is_terminal(result.state):
+                time.sleep(_SECONDS_BETWEEN_LOOKS)
+            result.wait_until_finish()
+        except Exception as error:  # each runner and its transport has exceptions of its own
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_REASON]
+            raise WorkersError(f"{options.runner} failed ({reason}); finished shards are kept") from error
 
 
 @contextlib.contextmanager

@@ -293,6 +293,9 @@ class Stage:
                 }
             )
             self._remove_side_files()  # of a stage killed between its manifest and their removal
+            if (self.directory / LOCK).exists():
+                with contextlib.suppress(UserError, OSError):  # its holder may be living, and about to remove it
+                    DirectoryLock(self.directory, "").release()
             self.manifest = manifest
         elif (self.directory / PLAN).is_file():
             self._refuse_difference(json.loads((self.directory / PLAN).read_text(encoding="utf-8")))

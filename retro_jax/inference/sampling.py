@@ -1,46 +1,42 @@
 """Sampling with retrieval at every chunk boundary (paper section 2.4).
 
-At the last token of a chunk its neighbours are retrieved, and with them the next chunk is generated.
+At the last token of a chunk its neighbours are retrieved, and with them the next chunk is generated: on the device,
+with one round trip to the host a chunk.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from retro_jax.config import RetroConfig
-from retro_jax.data.tokenizer import BOS_ID, EOS_ID, PAD_ID, UNK_ID
+from retro_jax.data.tokenizer import BOS_ID, EOS_ID, PAD_ID
 from retro_jax.errors import UserError
-from retro_jax.inference.decoding import Decoding, choose
+from retro_jax.inference.decoding import Choice, Decoding
+from retro_jax.inference.generation import Programs, Rows
+from retro_jax.inference.neighbours import Given, Neighbours, RetrievedChunk, Retriever, Source, Wanted
+from retro_jax.inference.placement import count_rows, count_slots, place
 from retro_jax.training.state import ModelPlan
 
-
-class Neighbours(Protocol):
-    """What a retriever returns for n chunks: ids [n, K], distances [n, K], tokens [n, K, R]."""
-
-    ids: np.ndarray
-    distances: np.ndarray
-    tokens: np.ndarray
-
-
-class Retriever(Protocol):
-    """Where neighbours come from: a database in this process, a service, or a caller's own choice."""
-
-    def retrieve(self, chunk_tokens: np.ndarray, k: int) -> Neighbours:
-        """[n, M] int32 tokens of complete chunks -> their k neighbours."""
+__all__ = ["Neighbours", "Request", "RetrievedChunk", "Retriever", "SampledToken", "Sampler"]
 
 
 @dataclasses.dataclass(frozen=True)
-class RetrievedChunk:
-    """The neighbours one chunk was given: its index in the sequence, ids [K], distances [K], tokens [K, R]."""
+class Request:
+    """A text to be continued.
 
-    chunk: int
-    ids: np.ndarray
-    distances: np.ndarray
-    tokens: np.ndarray
+    Attributes:
+      prompt: token ids without the start token, which is put before them.
+      sample: number of this continuation among those of the same prompt; each draws by itself.
+      given: neighbours that the caller chooses, by index of the chunk; the others are retrieved.
+    """
+
+    prompt: Sequence[int]
+    sample: int = 0
+    given: Given = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +49,7 @@ class SampledToken:
 
 
 class Sampler:
-    """Generates one sequence at a time.
-
-    Each token runs the model over the sequence so far, padded to a few lengths so that little is compiled. PAD is
-    never seen by any attention, so the padding changes nothing.
-    """
+    """Generates continuations, one or several at a time; what was computed once is kept and not computed again."""
 
     def __init__(
         self,
@@ -69,91 +61,257 @@ class Sampler:
         retriever: Retriever | None,
         neighbours: int = 2,
         max_context: int = 2048,
+        mesh: Mesh | None = None,
+        retrieval_step: int | None = None,
+        left_pad: bool = False,
+        on_retrieval_failure: str = "error",
     ) -> None:
         """Sets the model and the source of neighbours.
 
         Args:
           config, plan, params: the model.
           vocab_size: tokens of the tokenizer; rows of a larger embedding table are never drawn.
-          retriever: source of neighbours; None samples RETRO[OFF] or a baseline.
+          retriever: source of neighbours; None samples RETRO[OFF] or a baseline, or with given neighbours alone.
           neighbours: K, for each chunk.
           max_context: tokens the model sees at most; older chunks are forgotten, whole chunks at a time.
+          mesh: the devices the parameters lie on; None for one device.
+          retrieval_step: s of Wang et al. (2023), 1 to M: after every s tokens the chunks are cut anew so that the text
+            ends with one, and retrieved again; all is computed anew then. M by default: chunks stay as they are.
+          left_pad: pad a prompt at the left so that it ends with a chunk, whose neighbours the first token sees; always
+            so with a retrieval step below M.
+          on_retrieval_failure: "error", or "off": a chunk whose retrieval fails goes on without neighbours.
         """
+        length = config.chunk_length
         if retriever is not None and config.is_baseline:
             raise UserError("this model is a baseline without chunked cross-attention; sample it without a database")
-        if max_context % config.chunk_length or max_context <= config.chunk_length:
-            raise UserError(
-                f"max_context {max_context} must be a multiple of the chunk length {config.chunk_length}, and above it"
-            )
+        if max_context % length or max_context <= length:
+            raise UserError(f"max_context {max_context} must be a multiple of the chunk length {length}, and above it")
+        if retrieval_step is not None and not 1 <= retrieval_step <= length:
+            raise UserError(f"retrieval_step {retrieval_step} must be between 1 and the chunk length {length}")
         self._config = config
-        self._params = params
-        self._vocab_size = vocab_size
         self._retriever = retriever
         self._k = neighbours
         self._max_context = max_context
-
-        def logits_at(
-            params: nnx.State, tokens: jax.Array, neighbours: jax.Array | None, position: jax.Array
-        ) -> jax.Array:
-            model = plan.merge(params)
-            hidden = model.hidden(tokens, neighbours)
-            return model.logits(jax.lax.dynamic_slice_in_dim(hidden, position, 1, axis=1))[0, 0]
-
-        self._logits_at = jax.jit(logits_at)
+        self._step = retrieval_step or length
+        self._left_pad = left_pad or self._step < length
+        self._on_failure = on_retrieval_failure
+        self._programs = Programs(config, plan, params, vocab_size=vocab_size, mesh=mesh)
 
     def generate(
-        self, prompt: Sequence[int], *, max_new_tokens: int, decoding: Decoding, stop_at_end: bool = True
+        self,
+        prompt: Sequence[int],
+        *,
+        max_new_tokens: int,
+        decoding: Decoding,
+        stop_at_end: bool = True,
+        given: Given | None = None,
     ) -> Iterator[SampledToken]:
-        """Yields tokens one by one.
+        """Yields the tokens of one continuation, as `generate_batch` does of several."""
+        requests = [Request(prompt, given=given or {})]
+        for _, token in self.generate_batch(
+            requests, max_new_tokens=max_new_tokens, decoding=decoding, stop_at_end=stop_at_end
+        ):
+            yield token
+
+    def generate_batch(
+        self,
+        requests: Sequence[Request],
+        *,
+        max_new_tokens: int,
+        decoding: Decoding,
+        stop_at_end: bool = True,
+        stop: Callable[[int, SampledToken], bool] = lambda row, token: False,
+        burst: int | None = None,
+    ) -> Iterator[tuple[int, SampledToken]]:
+        """Yields (index of the request, token), in the order in which they come.
 
         Args:
-          prompt: token ids without BOS, which is put before them.
-          max_new_tokens: tokens to generate at most.
+          requests: texts to be continued together. What one gets does not depend on the others.
+          max_new_tokens: tokens to generate at most, of each.
           decoding: how each is chosen.
-          stop_at_end: end when the model ends the document (the end token is not yielded).
+          stop_at_end: a text ends when the model ends the document (the end token is not yielded).
+          stop: asked after each token that was yielded; True ends its text.
+          burst: tokens of a text that come at once, at most; M by default. Fewer come sooner and cost more.
+
+        Raises:
+          UserError: neighbours given that do not fit, or any to a baseline; what the retriever raises.
         """
-        M = self._config.chunk_length
-        tokens = [BOS_ID, *prompt]
-        found: list[np.ndarray] = []  # [K, R] of every complete chunk
-        for _ in range(max_new_tokens):
-            retrieved = self._retrieve(tokens, len(found))
-            found += [chunk.tokens for chunk in retrieved]
-            dropped = max(0, -(-(len(tokens) - self._max_context) // M))
-            logits = self._next_logits(tokens[dropped * M :], found[dropped:])
-            logits[[PAD_ID, BOS_ID, UNK_ID]] = -np.inf  # never a target in training
-            logits[self._vocab_size :] = -np.inf
-            token = choose(logits, decoding, len(tokens))
-            if token == EOS_ID and stop_at_end:
-                return
-            yield SampledToken(token, float(logits[token] - _log_sum_exp(logits)), tuple(retrieved))
-            tokens.append(token)
+        retrieving = self._retriever is not None or any(request.given for request in requests)
+        if retrieving and self._config.is_baseline:
+            raise UserError("this model is a baseline without chunked cross-attention; it takes no neighbours")
+        source = Source(self._config, self._retriever, self._k, self._on_failure)
+        rows = [_Row(request, self._left_pad and retrieving, self._config.chunk_length) for request in requests]
+        longest = max((len(row.tokens) for row in rows), default=0) + max_new_tokens
+        if self._left_pad and retrieving:
+            longest += self._config.chunk_length
+        slots = count_slots(longest, chunk_length=self._config.chunk_length, most=self._max_context)
+        batch = _Batch(self._config, self._programs, rows, source if retrieving else None, self._k, slots)
+        choice, end_token = decoding.choice(), EOS_ID if stop_at_end else -1
+        anew = self._step if retrieving and self._step < self._config.chunk_length else max_new_tokens
+        burst = burst or self._config.chunk_length
+        while any(row.live for row in rows):
+            batch.place(end_token, max_new_tokens=max_new_tokens, anew=anew)
+            while any(row.live for row in rows) and batch.go_on(choice, burst):
+                for index, row in enumerate(rows):
+                    for token in row.news():
+                        if token.token == end_token:
+                            row.live = False
+                        else:
+                            yield index, token
+                            row.live = row.generated < max_new_tokens and not stop(index, token)
 
-    def _retrieve(self, tokens: list[int], known: int) -> list[RetrievedChunk]:
-        M = self._config.chunk_length
-        complete = len(tokens) // M
-        if self._retriever is None or complete <= known:
-            return []
-        chunks = np.asarray(tokens[known * M : complete * M], np.int32).reshape(-1, M)
-        result = self._retriever.retrieve(chunks, self._k)
-        return [
-            RetrievedChunk(known + i, result.ids[i], result.distances[i], result.tokens[i]) for i in range(len(chunks))
-        ]
+    def compiled(self) -> int:
+        """How many programs have been compiled so far; does not grow once the sizes in use have been met."""
+        return self._programs.compiled()
 
-    def _next_logits(self, tokens: list[int], found: list[np.ndarray]) -> np.ndarray:
-        M, R = self._config.chunk_length, self._config.neighbour_length
-        chunks = 2
-        while chunks * M < len(tokens):
-            chunks *= 2
-        padded = np.full((1, chunks * M), PAD_ID, np.int32)
-        padded[0, : len(tokens)] = tokens
+
+class _Row:
+    """A text on the host: PAD where it is padded, the start token, prompt and generated tokens."""
+
+    def __init__(self, request: Request, left_pad: bool, chunk_length: int) -> None:
+        self.request = request
+        self.tokens: list[int] = [BOS_ID, *request.prompt]
+        self.log_probabilities: list[float] = [0.0] * len(self.tokens)
+        self.live = True
+        self.pad = 0
+        self._told = self._prompt = len(self.tokens)
+        self._left_pad, self._chunk_length = left_pad, chunk_length
+        self._retrieved: list[RetrievedChunk] = []
+        self._reported = 0  # tokens up to the end of the last chunk whose neighbours were told
+        self.align()
+
+    def align(self) -> None:
+        """Pads so that the text ends with a chunk, where that is asked for."""
+        if self._left_pad:
+            self.pad = -len(self.tokens) % self._chunk_length
+
+    def padded(self) -> list[int]:
+        return [PAD_ID] * self.pad + self.tokens
+
+    def note(self, retrieved: RetrievedChunk) -> None:
+        if retrieved.end > self._reported:
+            self._retrieved.append(retrieved)
+            self._reported = retrieved.end
+
+    @property
+    def generated(self) -> int:
+        """Tokens that were told."""
+        return self._told - self._prompt
+
+    def news(self) -> Iterator[SampledToken]:
+        """Tells the tokens that were not told yet, while the text is alive."""
+        while self.live and self._told < len(self.tokens):
+            index, self._told = self._told, self._told + 1
+            retrieved = tuple(chunk for chunk in self._retrieved if chunk.end <= index)
+            self._retrieved = self._retrieved[len(retrieved) :]
+            yield SampledToken(self.tokens[index], self.log_probabilities[index], retrieved)
+
+
+class _Batch:
+    """Rows in the slots of the device, and what the host knows of them."""
+
+    def __init__(
+        self, config: RetroConfig, programs: Programs, rows: list[_Row], source: Source | None, k: int, slots: int
+    ) -> None:
+        self._config = config
+        self._programs = programs
+        self._rows = rows
+        self._source = source
+        self._k = k
+        self._slots = slots
+        self._size = count_rows(len(rows))
+
+    def place(self, end_token: int, *, max_new_tokens: int, anew: int) -> None:
+        """Puts all rows into the slots and computes their state, up to before their last known tokens.
+
+        Args:
+          end_token: as in Rows.
+          max_new_tokens: of each row.
+          anew: tokens after which the rows are to be placed again.
+        """
+        length, rows = self._config.chunk_length, self._rows
+        for row in rows:
+            row.align()
+        padded = [row.padded() for row in rows]
+        where = place([len(tokens) for tokens in padded], chunk_length=length, slots=self._slots)
+        self._where, self._slot, self._anew = where, where.slot, max(where.ends) - 1 + anew
+        self._last = [end - 1 + max_new_tokens - row.generated for end, row in zip(where.ends, rows, strict=True)]
+        self._tokens = np.full((self._size, self._slots + 1), PAD_ID, np.int32)
+        seen = np.zeros((self._size, self._config.vocab_size), bool)
+        for index, row in enumerate(rows):
+            kept = padded[index][where.dropped[index] :]
+            self._tokens[index, where.starts[index] : where.ends[index]] = kept
+            seen[index, row.tokens] = True
+        origins = [self._origin(index) for index in range(len(rows))]
+        samples = [row.request.sample for row in rows]
+        self._fixed = Rows(
+            *(self._per_row(values, np.int32) for values in (where.ends, origins, samples)), np.int32(end_token)
+        )
         neighbours = None
-        if self._retriever is not None:
-            neighbours = np.full((1, chunks, self._k, R), PAD_ID, np.int32)
-            if found:
-                neighbours[0, : len(found)] = np.stack(found)
-        return np.array(self._logits_at(self._params, padded, neighbours, len(tokens) - 1), np.float64)
+        if self._source is not None:
+            # Also of the chunk that ends with the next slot, so that the retriever is asked once.
+            found = self._find(range((self._slot + 1) // length))
+            shape = (self._size, self._slots // length, self._k, self._config.neighbour_length)
+            neighbours = np.full(shape, PAD_ID, np.int32)
+            for (index, chunk), each in found.items():
+                if (chunk + 1) * length <= self._slot:
+                    neighbours[index, chunk] = each.tokens
+        self._carry = self._programs.prefill(self._tokens, self._slot, neighbours, self._done(), seen)
 
+    def go_on(self, choice: Choice, burst: int) -> bool:
+        """Generates up to the end of a chunk or of a burst; False when the rows must be placed anew first."""
+        begun, length, first = self._slot, self._config.chunk_length, max(self._where.ends)
+        if begun >= min(self._slots, self._anew):
+            return False
+        done, carry, slot = self._done(), self._carry, begun
+        if slot % length == length - 1:
+            neighbours = None
+            if self._source is not None:
+                neighbours = np.full((self._size, self._k, self._config.neighbour_length), PAD_ID, np.int32)
+                for (index, _), each in self._find([slot // length]).items():
+                    neighbours[index] = each.tokens
+            carry = self._programs.end_chunk(carry, self._fixed, choice, done, neighbours)
+            slot += 1
+        # The first token of every row comes by itself, so that nobody waits for a chunk to be filled.
+        goal = first if begun < first else begun + burst
+        goal = min(goal, self._anew, max(last for last, row in zip(self._last, self._rows, strict=True) if row.live))
+        if goal > slot:
+            carry = self._programs.go_on(carry, self._fixed, choice, done, goal - slot)
+        tokens, nats, slot = jax.device_get((carry.tokens, carry.log_probabilities, carry.slot))
+        self._carry, self._slot, self._tokens = carry, int(slot), np.array(tokens)
+        for index, row in enumerate(self._rows):
+            if row.live:
+                fresh = slice(max(begun + 1, self._where.ends[index]), self._slot + 1)
+                row.tokens += self._tokens[index, fresh].tolist()
+                row.log_probabilities += nats[index, fresh].tolist()
+        return True
 
-def _log_sum_exp(logits: np.ndarray) -> float:
-    top = logits.max()
-    return float(top + np.log(np.exp(logits - top).sum()))
+    def _find(self, chunks: Iterable[int]) -> dict[tuple[int, int], RetrievedChunk]:
+        """Neighbours of these chunks of slots of the rows that are still generated: (row, chunk) to what was found."""
+        length = self._config.chunk_length
+        places, wanted = [], []
+        for chunk in chunks:
+            for index, row in enumerate(self._rows):
+                tokens = self._tokens[index, chunk * length : (chunk + 1) * length]
+                if row.live and (tokens != PAD_ID).any():
+                    end = (chunk + 1) * length - self._origin(index)
+                    number = (end + row.pad) // length - 1
+                    places.append((index, chunk))
+                    wanted.append(Wanted(number, end, tokens, row.request.given.get(number)))
+        found = dict(zip(places, self._source.find(wanted), strict=True))
+        for (index, _), each in found.items():
+            self._rows[index].note(each)
+        return found
+
+    def _origin(self, index: int) -> int:
+        """Slot where the row's start token would stand, had it forgotten nothing."""
+        return self._where.starts[index] - self._where.dropped[index] + self._rows[index].pad
+
+    def _done(self) -> np.ndarray:
+        return ~self._per_row([row.live for row in self._rows], bool)
+
+    def _per_row(self, values: Sequence[int], dtype: type) -> np.ndarray:
+        """[B], 0 for the rows that fill the batch up."""
+        filled = np.zeros(self._size, dtype)
+        filled[: len(values)] = values
+        return filled

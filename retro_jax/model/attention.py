@@ -254,9 +254,9 @@ class Attention(nnx.Module):
         Returns:
           [B..., X, I, D]; exactly 0 for a query that may see no key.
         """
-        query = self._heads(x, self.query)
-        key = checkpoint_name(self._heads(source, self.key), "key")
-        value = checkpoint_name(self._heads(source, self.value), "value")
+        query = self.heads(x, self.query)
+        key = checkpoint_name(self.heads(source, self.key), "key")
+        value = checkpoint_name(self.heads(source, self.value), "value")
         if where.rotations is not None:
             rotate_query, rotate_key = where.rotations
             content, position, relative = rotate(query * self.scale, rotate_query), None, None
@@ -265,19 +265,16 @@ class Attention(nnx.Module):
             content, position, relative = checkpoint_name(query, "query") * self.scale, None, None
         else:
             query = checkpoint_name(query, "query")
-            content = self._biased(query, self.content_bias)
-            position = self._biased(query, self.position_bias)
-            relative = checkpoint_name(self._heads(where.sinusoids.astype(self.compute), self.relative), "relative")
+            content = self.biased(query, self.content_bias)
+            position = self.biased(query, self.position_bias)
+            relative = checkpoint_name(self.heads(where.sinusoids.astype(self.compute), self.relative), "relative")
         if not causal:
             heads = self._mix(content, position, relative, key, value, valid[..., None, None, :, :])
         elif rules.axis_size("context") == 1:
             heads = self._mix_blocks(content, position, relative, key, value, valid)
         else:
             heads = self._mix_parts(content, position, relative, key, value, valid)
-        heads = checkpoint_name(heads, "mixed")
-        output = weight(self.output, self.compute)
-        heads = jnp.moveaxis(heads, 0, -2).reshape(*heads.shape[1:-1], -1)
-        return checkpoint_name(linear(heads, output.reshape(-1, output.shape[-1])), "added")
+        return self.project(checkpoint_name(heads, "mixed"))
 
     def _mix_blocks(
         self,
@@ -358,13 +355,19 @@ class Attention(nnx.Module):
         probabilities = masked_softmax(logits, mask, (-2, -1)).astype(self.compute)
         return product("n...xiyj,n...yjh->n...xih", probabilities, value)
 
-    def _heads(self, x: jax.Array, kernel: nnx.Param) -> jax.Array:
+    def project(self, heads: jax.Array) -> jax.Array:
+        """The heads' means [N, ..., H] to what they add to the query stream, [..., D]."""
+        output = weight(self.output, self.compute)
+        heads = jnp.moveaxis(heads, 0, -2).reshape(*heads.shape[1:-1], -1)
+        return checkpoint_name(linear(heads, output.reshape(-1, output.shape[-1])), "added")
+
+    def heads(self, x: jax.Array, kernel: nnx.Param) -> jax.Array:
         """[..., D] to [N, ..., H]."""
         kernel = weight(kernel, self.compute)
         width, *heads = kernel.shape
         return jnp.moveaxis(linear(x, kernel.reshape(width, -1)).reshape(*x.shape[:-1], *heads), -2, 0)
 
-    def _biased(self, query: jax.Array, bias: nnx.Param) -> jax.Array:
+    def biased(self, query: jax.Array, bias: nnx.Param) -> jax.Array:
         """(q + bias) / sqrt(H) of q [N, ..., H]."""
         bias = bias[...].reshape(bias.shape[0], *(1,) * (query.ndim - 2), bias.shape[1])
         return (query + bias.astype(self.compute)) * self.scale

@@ -13,6 +13,7 @@ import dataclasses
 import importlib.util
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from jax._src import clusters, distributed
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, Sharding
 
-from retro_jax.errors import UserError
+from retro_jax.errors import TemporaryError, UserError
 from retro_jax.parallel.relay import LOOPBACK, Relay
 from retro_jax.parallel.roll_call import SILENCE_SECONDS, Address, RollCall, meet
 
@@ -32,7 +33,7 @@ FLAGS = ("--coordinator", "--num_processes", "--process_id")
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 _ALONE = "All other processes of the run are there, so the failure is this one's own."
 _KEPT_VALUES = 1000
-_NEVER_MILLISECONDS = 7 * 24 * 3600 * 1000  # a wait that the death of the one waited for ends
+_WEEK_SECONDS = 7 * 24 * 3600.0  # longer than any wait, which the death of the one waited for ends
 
 _roll_call: RollCall | None = None
 _relay: Relay | None = None
@@ -68,7 +69,8 @@ def start(cluster: Cluster, environment: Mapping[str, str]) -> None:
         name a proxy, gRPC must have been told not to use it for LOOPBACK.
 
     Raises:
-      UserError: a flag or a variable is missing or wrong, the coordinator is not to be reached, processes do not come.
+      UserError: a flag or a variable is missing or wrong.
+      TemporaryError: the coordinator is not to be reached, or processes do not come.
     """
     global _roll_call, _relay
     if cluster.num_processes == 1 and cluster.coordinator is None:
@@ -110,10 +112,13 @@ def leave() -> None:
         _relay = None
 
 
-def fail(reason: str) -> None:
-    """Tells the other processes that this one ends because of `reason`; they end as well and name it."""
+def fail(reason: str, *, temporary: bool = False) -> None:
+    """Tells the other processes that this one ends because of `reason`; they end as well and name it.
+
+    Their exit status is 75 where it is `temporary`, so that a launcher may start the run again, else 1.
+    """
     if _roll_call is not None:
-        _roll_call.fail(reason)
+        _roll_call.fail(reason, temporary=temporary)
 
 
 def is_one_of_several() -> bool:
@@ -126,11 +131,13 @@ def is_primary() -> bool:
     return jax.process_index() == 0
 
 
-def barrier(name: str, timeout_seconds: float) -> None:
+def barrier(name: str, timeout_seconds: float = _WEEK_SECONDS) -> None:
     """Returns when all processes have called this as often with this name.
 
+    One that is lost ends the wait, and this process, whatever the time.
+
     Raises:
-      UserError: some did not within the time; they are named with their hosts.
+      TemporaryError: some did not within the time; they are named with their hosts.
     """
     if _roll_call is None:
         return
@@ -144,17 +151,20 @@ def barrier(name: str, timeout_seconds: float) -> None:
         missing = [_roll_call.name(process) for process in range(jax.process_count()) if process not in came]
         if not missing:
             raise UserError(f"{name}: waiting for the other processes failed ({_one_line(error)})") from error
-        raise UserError(f"{name}: {', '.join(missing)} did not come within {timeout_seconds:g} s") from None
+        raise TemporaryError(f"{name}: {', '.join(missing)} did not come within {timeout_seconds:g} s") from None
 
 
 def agree(value: int, name: str) -> int:
-    """Process 0's value, on all processes; they all call this equally often with this name."""
+    """Process 0's value, on all processes; they all call this equally often with this name.
+
+    Process 0 waits for nobody: see `barrier`.
+    """
     if _roll_call is None:
         return value
     client = distributed.global_state.client
     key = _next_key("agree", name)
     if not is_primary():
-        return int(client.blocking_key_value_get(key, _NEVER_MILLISECONDS))
+        return int(client.blocking_key_value_get(key, round(_WEEK_SECONDS * 1000)))
     client.key_value_set(key, str(int(value)))
     # The service keeps every key; the steps of a run hold the processes closer together than this many calls.
     if (old := _uses[f"agree/{name}"] - _KEPT_VALUES) > 0:
@@ -162,11 +172,12 @@ def agree(value: int, name: str) -> int:
     return value
 
 
-def should_stop(step: int, requested: bool) -> bool:
-    """Whether to save and stop after this step: the same answer on every process.
+def should_stop(requested: bool) -> bool:
+    """Whether to save and stop now: the same answer on every process.
 
-    To be called by all processes after every step. True, at one and the same step everywhere and a little later, once
-    any of them got SIGTERM or was `requested` to stop; in one process, as soon as it was.
+    To be called equally often by all processes, where they are at most a call apart: after every step, say, until it
+    is True. It is, at one and the same call everywhere and a little later, once any of them got SIGTERM or was
+    `requested` to stop; in one process, as soon as it was.
 
     From the first call on, SIGTERM goes to JAX's preemption service when there are several processes: a handler that
     was set before this sees none any more.
@@ -179,7 +190,8 @@ def should_stop(step: int, requested: bool) -> bool:
     if requested and not _uses["stop requested"]:
         _uses["stop requested"] += 1
         os.kill(os.getpid(), signal.SIGTERM)  # seen by the handler that was there before; now for the service
-    return multihost_utils.reached_preemption_sync_point(step)
+    _uses["should stop"] += 1
+    return multihost_utils.reached_preemption_sync_point(_uses["should stop"])
 
 
 def batch_rows(sharding: Sharding, batch_size: int) -> tuple[int, ...]:
@@ -264,7 +276,9 @@ def _place(
         except KeyError as error:
             raise UserError(f"the environment variable {error.args[0]} is missing ({kind.__name__})") from None
         except (RuntimeError, ValueError, ImportError, OSError) as error:
-            raise UserError(
+            # JAX waits for the name of process 0's host to be known, and gives up in these two ways.
+            unknown = isinstance(error.__cause__, socket.gaierror) or "recognize coordinator" in str(error)
+            raise (TemporaryError if unknown else UserError)(
                 f"{kind.__name__} does not tell how the processes find each other ({_one_line(error)}); "
                 f"give {', '.join(FLAGS)}"
             ) from error
@@ -310,12 +324,13 @@ def _address(coordinator: str) -> Address:
     return Address(host.removeprefix("[").removesuffix("]"), int(port))
 
 
-def _end_with(reason: str, lost: bool) -> NoReturn:
+def _end_with(reason: str, temporary: bool) -> NoReturn:
     """Ends this process from the watch's thread: the main one may wait for ever in a collective."""
-    sys.stdout.flush()
-    print(f"error: {reason}; this process ends as well", file=sys.stderr, flush=True)
-    # A launcher may start the run again after a loss, while a failure that was told would come again.
-    os._exit(os.EX_TEMPFAIL if lost else 1)
+    with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+        sys.stdout.flush()
+    with contextlib.suppress(OSError, ValueError):
+        print(f"error: {reason}; this process ends as well", file=sys.stderr, flush=True)
+    os._exit((TemporaryError if temporary else UserError).exit_status)
 
 
 def _hold_aborts() -> None:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from retro_jax.errors import UserError
+from retro_jax.errors import TemporaryError, UserError
 
 SILENCE_SECONDS = 20  # a host that does not answer for so long is taken for lost
 _ATTEMPT_SECONDS = 5.0
@@ -45,15 +45,15 @@ class RollCall:
         self._links = links
         self._leaving: set[int] = set()
         self._all_leaving = threading.Event()
-        self._stop: Callable[[str, bool], None] = lambda reason, lost: None
+        self._stop: Callable[[str, bool], None] = lambda reason, temporary: None
 
     def name(self, process: int) -> str:
         """`process 1 (its-host)`, for messages."""
         return f"process {process} ({self.hosts[process]})"
 
     def watch(self, stop: Callable[[str, bool], None]) -> None:
-        """Calls `stop(reason, lost)`, once and from another thread, when a process has failed, and has told why, or is
-        lost: died or fell silent."""
+        """Calls `stop(reason, temporary)`, once and from another thread, when a process has failed, and told why, or is
+        lost: died or fell silent. Temporary is a loss, and a failure that was told to be."""
         self._stop = stop
         threading.Thread(target=self._listen, name="roll call", daemon=True).start()
 
@@ -65,14 +65,17 @@ class RollCall:
             self._note_leaving(0)
         self._all_leaving.wait()
 
-    def fail(self, reason: str) -> None:
-        """Tells the other processes why this one is about to end."""
-        self._tell_all({"failed": self._process, "reason": reason})
+    def fail(self, reason: str, *, temporary: bool = False) -> None:
+        """Tells the other processes why this one is about to end, and whether the same command may work later."""
+        self._tell_all({"failed": self._process, "reason": reason, "temporary": temporary})
 
     def _listen(self) -> None:
         with selectors.DefaultSelector() as selector:
             for process, link in self._links.items():
                 selector.register(link.socket, selectors.EVENT_READ, process)
+            early = [message for link in self._links.values() for message in link.behind_first]
+            if any([self._ends(message) for message in early]):
+                return
             while not self._all_leaving.is_set():
                 for key, _ in selector.select():
                     messages = self._links[key.data].receive()
@@ -98,7 +101,7 @@ class RollCall:
         if "gone" in message:
             self._stop(f"{self.name(missing)} has stopped or cannot be reached", True)
         else:
-            self._stop(f"{self.name(missing)} failed: {message['reason']}", False)
+            self._stop(f"{self.name(missing)} failed: {message['reason']}", message["temporary"])
         return True
 
     def _note_leaving(self, process: int) -> None:
@@ -117,8 +120,8 @@ def meet(address: Address, process: int, num_processes: int, timeout_seconds: fl
     """Waits until all processes have come. Process 0 listens at the address's port, which is free again afterwards.
 
     Raises:
-      UserError: the port is in use, process 0 is not to be reached, a process does not come in time (they are named),
-        two have the same index, or were told another number of processes.
+      TemporaryError: process 0 is not to be reached, or a process does not come in time (they are named).
+      UserError: the port is in use, two processes have the same index, or were told another number of processes.
     """
     deadline = time.monotonic() + timeout_seconds
     if process:
@@ -146,8 +149,8 @@ def _gather(address: Address, num_processes: int, timeout_seconds: float, deadli
                 )
                 for link in links.values():
                     with contextlib.suppress(OSError):
-                        link.send({"error": reason})
-                raise UserError(reason) from None
+                        link.send({"error": reason, "temporary": True})
+                raise TemporaryError(reason) from None
             link = _Link(connection)
             hello = link.first(_ATTEMPT_SECONDS)
             if hello is None or [type(hello.get(name)) for name in ("process", "of", "host")] != [int, int, str]:
@@ -157,7 +160,7 @@ def _gather(address: Address, num_processes: int, timeout_seconds: float, deadli
             reason = _refusal(process, host, hello["of"], num_processes, hosts, links)
             if reason:
                 with contextlib.suppress(OSError):
-                    link.send({"error": reason})
+                    link.send({"error": reason, "temporary": False})
                 link.close()
                 continue
             hosts[process], links[process] = host, link
@@ -193,23 +196,28 @@ def _join(address: Address, process: int, num_processes: int, timeout_seconds: f
             # Process 0 answers when all are there, and says who is missing when its time is over.
             answer = link.first(left + _ATTEMPT_SECONDS)
             if answer and "error" in answer:
-                raise UserError(answer["error"])
+                raise (TemporaryError if answer["temporary"] else UserError)(answer["error"])
             if answer and "hosts" in answer:
                 return RollCall(process, answer["hosts"], {0: link})
         link.close()
         problem = "the connection was closed by the other side"
         time.sleep(_PAUSE_SECONDS)
-    raise UserError(
+    raise TemporaryError(
         f"process {process}: the coordinator, process 0, cannot be reached at {address} within {timeout_seconds:g} s "
         f"({problem}); see that it runs, that the address is its host's, and that no firewall closes the port"
     )
 
 
 class _Link:
-    """A connection that carries one JSON object a line."""
+    """A connection that carries one JSON object a line.
+
+    Attributes:
+      behind_first: messages that came together with the first.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
         self.socket = connection
+        self.behind_first: list[dict[str, Any]] = []
         self._buffer = b""
         self._lock = threading.Lock()
         connection.settimeout(None)
@@ -236,7 +244,10 @@ class _Link:
                 pass
         finally:
             self.socket.settimeout(None)
-        return messages[0] if messages else None
+        if messages is None:
+            return None
+        message, *self.behind_first = messages
+        return message
 
     def receive(self) -> list[dict[str, Any]] | None:
         """The messages that have come, none when a part of one has, None when the other side is gone."""

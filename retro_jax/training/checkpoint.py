@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from orbax.checkpoint import v1 as ocp
 from retro_jax.config import CheckpointConfig
 from retro_jax.data.stage import fingerprint
 from retro_jax.errors import UserError
+from retro_jax.parallel import hosts
 from retro_jax.training.digest import digests
 from retro_jax.training.state import TrainState, from_nested_dict, to_nested_dict
 
@@ -61,7 +62,7 @@ class Checkpoints:
         )
         for step in self.steps if config.keep_best else []:
             with contextlib.suppress(_DamagedError):  # told when it is the one to be restored
-                self._note_loss(step, _record(self._checkpointer, step)["validation_loss"])
+                self.note_loss(step, _record(self._checkpointer, step)["validation_loss"])
 
     @property
     def steps(self) -> list[int]:
@@ -87,19 +88,40 @@ class Checkpoints:
         """
         items = _items(state)
         record = {"data": data, "validation_loss": validation_loss, "arrays": _describe(items)}
-        self._note_loss(step, validation_loss)
-        with _named_failure(self._checkpointer.directory):
+        self._losses.pop(step, None)  # of another state, which the run went back behind
+        self.note_loss(step, validation_loss)
+        with _named_writes(self._checkpointer.directory):
             self._checkpointer.save_checkpointables_async(
                 step, items, force=True, custom_metadata={**record, "seal": fingerprint(record)}
             )
 
-    def restore(self, abstract: TrainState, step: int) -> Restored:
+    def note_loss(self, step: int, loss: float | None) -> None:
+        """Lets a loss that was not known when the checkpoint of `step` was saved decide whether it is of the best.
+
+        In all processes, or they would not remove the same ones. None and what is not finite is no loss.
+        """
+        if loss is not None and math.isfinite(loss):
+            self._losses[step] = loss
+
+    def restore(self, abstract: TrainState, step: int, *, went_back_to: int | None = None) -> Restored:
         """Reads a checkpoint into the shardings of `abstract`.
+
+        Args:
+          abstract: shapes and shardings.
+          step: which one.
+          went_back_to: a step for which --resume_from is used up, so that it is no remedy for damage.
 
         Raises:
           UserError: it is damaged, or of another configuration.
         """
-        items, record = _load(self._checkpointer, step, _items(abstract), "--resume_from={}")
+        damaged = self._checkpointer.directory / str(step)
+
+        def remedy(earlier: int) -> str:
+            if earlier == went_back_to:
+                return f"remove {damaged}, and the run goes on from the one before it, step {earlier}"
+            return f"--resume_from={earlier} takes the one before it"
+
+        items, record = _load(self._checkpointer, step, _items(abstract), remedy)
         return Restored(_state(abstract, items), record["data"], record["validation_loss"])
 
     def discard_after(self, step: int) -> list[int]:
@@ -107,11 +129,12 @@ class Checkpoints:
         newer = [other for other in reversed(self.steps) if other > step]
         for other in newer:
             self._checkpointer.delete(other)
+            self._losses.pop(other, None)
         return newer
 
     def wait(self) -> None:
         """Returns when the save in progress, if any, is on disk."""
-        with _named_failure(self._checkpointer.directory):
+        with _named_writes(self._checkpointer.directory):
             self._checkpointer.wait()
 
     def wait_for_latest(self) -> int | None:
@@ -125,15 +148,11 @@ class Checkpoints:
     def __exit__(self, kind: type | None, *_: object) -> None:
         """Waits for the save in progress. Its failure is raised, unless something else already is."""
         if kind is None:
-            with _named_failure(self._checkpointer.directory):
+            with _named_writes(self._checkpointer.directory):
                 self._checkpointer.close()
         else:
             with contextlib.suppress(Exception):
                 self._checkpointer.close()
-
-    def _note_loss(self, step: int, loss: float | None) -> None:
-        if loss is not None and math.isfinite(loss):
-            self._losses[step] = loss
 
 
 def load_params(directory: str | os.PathLike, abstract: nnx.State, step: int | None = None) -> tuple[nnx.State, int]:
@@ -160,7 +179,8 @@ def load_params(directory: str | os.PathLike, abstract: nnx.State, step: int | N
         if step is not None and step not in steps:
             raise UserError(f"{directory}: no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
         step = steps[-1] if step is None else step
-        items, _ = _load(checkpointer, step, {"params": to_nested_dict(abstract)}, "--step={}")
+        wanted = {"params": to_nested_dict(abstract)}
+        items, _ = _load(checkpointer, step, wanted, lambda earlier: f"--step={earlier} takes the one before it")
     return from_nested_dict(abstract, items["params"]), step
 
 
@@ -211,21 +231,22 @@ def _flat(items: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _load(
-    checkpointer: ocp.training.Checkpointer, step: int, wanted: dict[str, Any], flag: str
+    checkpointer: ocp.training.Checkpointer, step: int, wanted: dict[str, Any], remedy: Callable[[int], str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The wanted items and the record; `flag` names an earlier step on the command line."""
+    """The wanted items and the record; `remedy` says how to get the checkpoint of an earlier step instead."""
     try:
         record = _record(checkpointer, step)
         _check_shapes(checkpointer.directory / str(step), record["arrays"], wanted)
         items = _readable(lambda: dict(checkpointer.load_checkpointables(step, dict(wanted))))
+        hosts.barrier("loaded")  # the digests cross the devices, where a process is waited for but for a short time
         for name, digest in digests(_flat(items)).items():
             if digest != record["arrays"][name][0]:
                 raise _DamagedError(f"{name} is not what was saved")
         return items, record
     except _DamagedError as error:
         earlier = [other.step for other in checkpointer.checkpoints if other.step < step]
-        remedy = f"{flag.format(earlier[-1])} takes the one before it" if earlier else "there is none before it"
-        raise UserError(f"{checkpointer.directory / str(step)}: damaged checkpoint ({error}); {remedy}") from error
+        way_out = remedy(earlier[-1]) if earlier else "there is none before it"
+        raise UserError(f"{checkpointer.directory / str(step)}: damaged checkpoint ({error}); {way_out}") from error
 
 
 def _record(checkpointer: ocp.training.Checkpointer, step: int) -> dict[str, Any]:
@@ -285,21 +306,16 @@ def _in_words(description: list[Any] | None) -> str:
     return f"{description[0]} {description[1]}" if description else "not there"
 
 
-class _named_failure:  # noqa: N801 (a context manager reads as a verb)
+@contextlib.contextmanager
+def _named_writes(directory: os.PathLike) -> Iterator[None]:
     """Turns a failed write into one line that names the directory."""
-
-    def __init__(self, directory: os.PathLike) -> None:
-        self._directory = directory
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if error is None or not isinstance(error, OSError | ValueError):
-            return
+    try:
+        yield
+    except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        if isinstance(error, OSError) or "No space left" in reason or "RESOURCE_EXHAUSTED" in reason:
-            raise UserError(
-                f"{self._directory}: checkpoint not written ({reason[:300]}); earlier checkpoints are kept, "
-                f"free space and run the same command again"
-            ) from error
+        if not isinstance(error, OSError) and "No space left" not in reason and "RESOURCE_EXHAUSTED" not in reason:
+            raise
+        raise UserError(
+            f"{directory}: checkpoint not written ({reason[:300]}); earlier checkpoints are kept, "
+            f"free space and run the same command again"
+        ) from error

@@ -1,10 +1,11 @@
 """Where the time of a run went, over all its interruptions: `goodput.jsonl` in the workdir.
 
 Kinds of seconds:
-    init     until the first step: devices, data, restoring; without compiling
+    init     until the first step: meeting the other processes, devices, data, restoring; without compiling, and without
+             what Python takes to import the program
     compile  of the train step
     data     waiting for batches
-    step     the rest of the loop: the training itself
+    step     the rest of the loop: the training itself, and the copying of batches to the devices
     eval     validation
     save     what the loop waits for checkpoints
     lost     steps that were done after the checkpoint the run resumed from, and done again; taken off data and step
@@ -32,24 +33,35 @@ _REDONE = ("data", "step")
 class Ledger:
     """Clock of one start of a run; a context manager, or call `close`."""
 
-    def __init__(self, workdir: str | os.PathLike, resumed_step: int, began: float, *, write: bool = True) -> None:
-        """Enters this start, and what the start before it had done for nothing.
+    def __init__(self, workdir: str | os.PathLike, began: float, *, write: bool = True) -> None:
+        """Starts the clock; nothing is written yet.
 
         Args:
           workdir: of the run.
-          resumed_step: of the checkpoint it goes on from, 0 for a fresh run.
-          began: `time.time()` when it was started.
+          began: `time.time()` when this start began.
           write: False keeps the time and writes nothing (a process that is not the first).
         """
-        self._step = resumed_step
+        self._path = Path(workdir) / FILE
+        self._began = began
+        self._step = 0
         self._spent: Counter[str] = Counter()
         self._mark = time.monotonic() - (time.time() - began)
-        self._lines = LineWriter(Path(workdir) / FILE) if write else None
-        earlier = read_lines(Path(workdir) / FILE) if write else []
-        lost, steps = _redone(earlier, resumed_step)
+        self._lines = LineWriter(self._path) if write else None
+
+    def resume(self, step: int) -> None:
+        """Enters this start, and what the start before it had done for nothing; once the state of `step` is there.
+
+        Args:
+          step: of the checkpoint it goes on from, 0 for a fresh run.
+        """
+        self._step = step
+        if self._lines is None:
+            return
+        earlier = read_lines(self._path)
+        lost, steps = _redone(earlier, step)
         if earlier:
-            lost["away"] = max(0.0, began - earlier[-1]["time"])
-        self._append(began, resumed_step, -steps, lost)
+            lost["away"] = max(0.0, self._began - earlier[-1]["time"])
+        self._append(self._began, step, -steps, lost)
 
     @contextlib.contextmanager
     def measure(self, kind: str) -> Iterator[None]:

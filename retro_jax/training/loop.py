@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -61,6 +61,7 @@ def train(
     resume_from: int | None = None,
     profile: tuple[int, int] | None = None,
     profile_all: bool = False,
+    began: float | None = None,
 ) -> TrainResult:
     """Trains, or goes on training, the run of a workdir.
 
@@ -73,11 +74,12 @@ def train(
       resume_from: goes back to the checkpoint of this step, once, and removes the newer ones.
       profile: first step and number of steps that the profiler records into `<workdir>/profile`.
       profile_all: in every process, not the first alone.
+      began: `time.time()` when the program was started, for the ledger; now by default.
 
     Raises:
       UserError: anything the user can mend, before any long work starts; too little memory; or too many bad steps.
     """
-    began = time.time()
+    began = time.time() if began is None else began
 
     # 1. Devices
     mesh = create_mesh(config.mesh)
@@ -117,22 +119,26 @@ def train(
         checkpoints = resources.enter_context(Checkpoints(workdir / CHECKPOINTS, config.checkpoint))
         newest = hosts.agree(checkpoints.latest_step or 0, "newest checkpoint")
         first = hosts.agree(_first_step(checkpoints, newest, workdir, resume_from), "first step")
-        ledger = resources.enter_context(Ledger(workdir, first, began, write=primary))
+        validations = {line["step"]: line["validation_loss"] for line in read_validations(workdir)}
+        for step, loss in validations.items():
+            checkpoints.note_loss(step, loss)
+        ledger = resources.enter_context(Ledger(workdir, began, write=primary))
 
         # 5. Compiling: too little memory shows here
         step_fn = make_train_step(config, plan, optimizer, mesh, unscored=_UNSCORED)
         if first < config.steps:
             with ledger.measure("compile"):
                 run_step = step_fn.lower(abstract, abstract_batch(config, sharding)).compile()
-                hosts.agree(0, "compiled")
+                hosts.barrier("compiled")
 
         # 6. State: that of a checkpoint, or fresh
         if first:
-            state, data, validated = checkpoints.restore(abstract, first)
+            state, data, validated = checkpoints.restore(abstract, first, went_back_to=went_back_to(workdir))
             batches.check_state(data)
             _discard_newer(checkpoints, first, newest, workdir, resume_from)
         else:
             state, validated = initialise(config.model, plan, optimizer, mesh, config.seed), None
+        ledger.resume(first)
         if primary:
             if mesh.size > 1:
                 print(table)
@@ -145,30 +151,32 @@ def train(
         log = StepLog(config, batches, ledger, writer, checkpoints.wait_for_latest)
         validation = Validation(config, plan, mesh, held_out, unscored=_UNSCORED) if held_out else None
 
-        def validate(step: int, params: nnx.State) -> float | None:
+        def validate(step: int, params: nnx.State, stopping: Callable[[], bool]) -> float | None:
             """Once at every step where it is due."""
             if validation is None or (step % config.validation.every_steps and step != config.steps):
                 return None
             log.resolve()
             with ledger.measure("eval"):
-                losses = validation.measure(params)
+                losses = validation.measure(params, stopping)
+            if losses is None:
+                return None
             log.write_validation(step, losses)
             return losses["validation_loss"]
 
-        known = validated is not None or any(line["step"] == first for line in read_validations(workdir))
-        if first and not hosts.agree(known, "validated"):
-            validate(first, state.params)  # the start before this one was stopped between the step and its validation
-        hosts.agree(0, "ready")  # the first collective waits for the other processes for half a minute only
+        hosts.barrier("ready")  # a collective waits for the other processes for half a minute only
+        if first and not hosts.agree(validated is not None or first in validations, "validated"):
+            # The start before this one was stopped between the step and its validation.
+            checkpoints.note_loss(first, validate(first, state.params, lambda: False))
         ledger.enter(first, rest="init")
 
         # 7. Steps. The host looks at the metrics of step n after step n + 1 is dispatched: the device never waits.
         # Nothing is copied there but what is meant to be: the guard makes anything else an error.
         stream = resources.enter_context(batches.iterate(first * config.batch_size))
-        termination = resources.enter_context(_TerminationFlag())
+        stop = resources.enter_context(_Stop())
         progress = resources.enter_context(Progress("training", total=config.steps, unit="steps", initial=first))
         window = range(first + 1, config.steps + 1)
         profiler = resources.enter_context(ProfileWindow(workdir, profile if primary or profile_all else None, window))
-        last_save, step, stopping = time.monotonic(), first, False
+        last_save, step = time.monotonic(), first
         for step in window:
             with ledger.measure("data"):
                 arrays = next(stream)
@@ -180,10 +188,9 @@ def train(
             profiler.after(step, metrics)
             progress.note(f"loss {log.last_loss:.4f}, {log.tokens_per_second:,.0f} tokens/s")
             progress.update(1)
-            stopping = hosts.should_stop(step, termination.raised)
-            loss = None if stopping else validate(step, state.params)
+            loss = None if stop.asked_for() else validate(step, state.params, stop.asked_for)
             if (
-                stopping
+                stop.known
                 or step % config.checkpoint.every_steps == 0
                 or step == config.steps
                 or _minutes_passed(config, step, last_save)
@@ -192,7 +199,7 @@ def train(
                 with ledger.measure("save"):
                     checkpoints.save(step, state, batches.state(step * config.batch_size), loss)
                 last_save = time.monotonic()
-            if stopping:
+            if stop.known:
                 break
 
         # 8. The end: the last save is on disk, the time is accounted for
@@ -254,12 +261,22 @@ def _named_memory() -> Iterator[None]:
         ) from error
 
 
-class _TerminationFlag:
-    """Notes a SIGTERM, so that the step in progress ends and is saved."""
+class _Stop:
+    """Notes a SIGTERM, so that the step in progress ends and is saved.
 
-    raised = False
+    Attributes:
+      known: `asked_for` has been True.
+    """
 
-    def __enter__(self) -> "_TerminationFlag":
+    known = False
+    _raised = False
+
+    def asked_for(self) -> bool:
+        """Whether any process was told to stop; the same answer in all, which ask equally often."""
+        self.known = self.known or hosts.should_stop(self._raised)
+        return self.known
+
+    def __enter__(self) -> "_Stop":
         self._previous = signal.signal(signal.SIGTERM, self._note)
         return self
 
@@ -267,4 +284,4 @@ class _TerminationFlag:
         signal.signal(signal.SIGTERM, self._previous)
 
     def _note(self, *_: object) -> None:
-        self.raised = True
+        self._raised = True

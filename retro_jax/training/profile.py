@@ -1,4 +1,7 @@
-"""A window of steps recorded by JAX's profiler, to be opened with TensorBoard or Perfetto."""
+"""A window of steps recorded by JAX's profiler, to be opened with TensorBoard or Perfetto.
+
+Each process records into a folder of its own: JAX names the files by host and second, which several processes share.
+"""
 
 import contextlib
 import os
@@ -11,7 +14,7 @@ DIRECTORY = "profile"
 
 
 class ProfileWindow:
-    """Records a few steps into `<workdir>/profile`; a context manager around the whole loop."""
+    """Records a few steps into `<workdir>/profile/process-N`; a context manager around the whole loop."""
 
     def __init__(self, workdir: str | os.PathLike, window: tuple[int, int] | None, steps: range) -> None:
         """Nothing is recorded yet.
@@ -21,7 +24,7 @@ class ProfileWindow:
           window: first step (counted from 1) and number of steps; None records nothing.
           steps: the steps that this start of the run does; those of the window outside it are left out.
         """
-        self._directory = Path(workdir) / DIRECTORY
+        self._directory = Path(workdir) / DIRECTORY / f"process-{jax.process_index()}"
         self._recording = False
         self._window = range(0)
         if window is not None:

@@ -1,6 +1,6 @@
 """Loss on held-out sequences in the course of a run: the first ones of each data set, the same every time."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -61,11 +61,18 @@ class Validation:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, plan.params)
         self._nats = jax.jit(nats, in_shardings=(shardings, self._sharding), out_shardings=rules.replicated(mesh))
 
-    def measure(self, params: nnx.State) -> dict[str, float]:
-        """`validation_loss` and, for a RETRO, `validation_loss_off`, in nats per scored token."""
+    def measure(self, params: nnx.State, stopping: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
+        """`validation_loss` and, for a RETRO, `validation_loss_off`, in nats per scored token.
+
+        Args:
+          params: of the model.
+          stopping: asked between batches, equally often in all processes; once it is True, there is no result.
+        """
         modes = ["validation_loss"] if self._config.model.is_baseline else ["validation_loss", "validation_loss_off"]
         sums = {mode: np.zeros(2) for mode in modes}
         for first in range(0, self._count, self._batch_size):
+            if first and stopping():
+                return None
             batch = self._batch(first)
             for mode in modes:
                 parts = {"tokens": batch["tokens"]} if mode == modes[-1] and len(modes) > 1 else batch

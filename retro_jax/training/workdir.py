@@ -36,6 +36,7 @@ def claim_workdir(workdir: str | os.PathLike) -> DirectoryLock:
 
     Raises:
       UserError: another run is using it, or it holds other files than a run's.
+      TemporaryError: another host holds it, which may be gone, and did not give it up within two minutes.
     """
     workdir = Path(workdir)
     _refuse_other_files(workdir)

@@ -133,6 +133,13 @@ def test_unknown_runner_is_refused_by_name(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_runner_that_is_not_to_be_reached_is_told_in_one_line(tmp_path):
+    flags = (f"--job_endpoint=localhost:{free_port()}", "--job_server_timeout=1", "--environment_type=LOOPBACK")
+    with pytest.raises(UserError, match=r"PortableRunner failed \(.*finished shards are kept") as raised:
+        build_numbers(tmp_path / "out", 2, BeamOptions(runner="PortableRunner", beam=flags))
+    assert "\n" not in str(raised.value)
+
+
 def test_workers_and_runner_end_with_their_coordinator(tmp_path):
     """SIGKILL of the coordinator leaves no process behind that could go on writing."""
     (tmp_path / "log").mkdir()

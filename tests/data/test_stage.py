@@ -192,7 +192,7 @@ def test_a_shard_whose_side_file_cannot_be_written_is_made_again(tmp_path, monke
 def test_side_files_left_by_a_kill_behind_the_manifest_are_removed(tmp_path):
     run_stage(tmp_path / "stage")
     before = files(tmp_path / "stage")
-    for name in ("plan.json", f"{NAMES[0]}.done.json"):
+    for name in ("plan.json", f"{NAMES[0]}.done.json", ".lock"):
         (tmp_path / "stage" / name).write_text("{}")
     run_stage(tmp_path / "stage")
     assert files(tmp_path / "stage") == before

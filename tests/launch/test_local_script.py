@@ -11,7 +11,7 @@ from script_run import alive, dry_run, run, start, wait_until
 
 # Writes what it was given, and then does what its name says.
 PROGRAM = """
-import json, os, pathlib, signal, subprocess, sys, time
+import fcntl, json, os, pathlib, signal, subprocess, sys, time
 
 directory, act = pathlib.Path(sys.argv[1]), sys.argv[2]
 flags = dict(argument[2:].split("=", 1) for argument in sys.argv[3:])
@@ -26,8 +26,20 @@ variables = {name: value for name, value in os.environ.items() if name.startswit
 report = {"pid": os.getpid(), "child": child, "flags": flags, "variables": variables}
 (directory / f"{index}.new").write_text(json.dumps(report))
 (directory / f"{index}.new").rename(directory / f"{index}.json")
+lock = open(directory / "lock", "w")
+if act == "lost" and index == 1:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    (directory / "locked").touch()
 while not all((directory / f"{i}.json").exists() for i in range(int(flags["num_processes"]))):
     time.sleep(0.02)
+if act == "lost":
+    while not (directory / "locked").exists():
+        time.sleep(0.02)
+    if index == 1:
+        time.sleep(0.5)  # the other waits for its end by now
+        os.kill(os.getpid(), signal.SIGKILL)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    os._exit(75)
 if index == 1 and act in ("wait", "stubborn"):
     sys.exit(3)
 if act != "end":
@@ -57,7 +69,8 @@ def test_every_process_gets_its_number_the_same_coordinator_and_its_devices(tmp_
     assert [report["flags"]["process_id"] for report in found] == ["0", "1", "2"]
     assert {report["flags"]["num_processes"] for report in found} == {"3"}
     (coordinator,) = {report["flags"]["coordinator"] for report in found}
-    assert coordinator.startswith("127.0.0.1:")
+    host, port = coordinator.split(":")
+    assert host == "127.0.0.1" and 15_000 <= int(port) < 30_000
     assert all(report["variables"] == {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"} for report in found)
     assert stdout == "hello from 0\n"
     assert sorted(stderr.splitlines()) == ["[1] hello from 1", "[2] hello from 2"]
@@ -78,6 +91,11 @@ def test_when_one_process_fails_the_others_end_with_all_they_started(tmp_path, p
     assert time.monotonic() - started < 10
     for report in reports(tmp_path, 3):
         wait_until(lambda report=report: not alive(report["pid"]) and not alive(report["child"]), seconds=5)
+
+
+def test_the_status_is_that_of_the_process_that_was_lost_not_of_one_that_tells_so(tmp_path, program):
+    status, _, stderr = run("local.sh", "-n", 2, program, tmp_path, "lost")
+    assert status == 137 and "process 1 exited with 137; ending the others" in stderr
 
 
 def test_a_process_that_ignores_sigterm_is_killed(tmp_path, program):

@@ -31,6 +31,7 @@ def test_a_sample_shows_the_neighbours_of_each_complete_chunk(database, finished
         "--prompt=Ein Prompt mit Ümläuten 日本 and plenty of words, so that chunks are complete",
         "--max_new_tokens=20",
         "--seed=3",
+        "--max_context=128",
         f"--database={directory}",
         f"--embedder={bert}",
         f"--output={output}",
@@ -82,6 +83,47 @@ def test_without_a_database_it_runs_off_and_says_so(finished_run):
     assert "no retrieval (OFF)" in stderr and "neighbour" not in stdout
 
 
+def test_several_samples_are_told_one_below_the_other(finished_run, tmp_path):
+    output = tmp_path / "samples.json"
+    status, stdout, stderr = run_program(
+        "launch/sample.py",
+        f"--workdir={finished_run}",
+        "--prompt=Some words",
+        "--max_new_tokens=12",
+        "--num_samples=2",
+        "--stop=e",
+        "--min_p=0.001",
+        "--repetition_penalty=1.2",
+        f"--output={output}",
+    )
+    assert status == 0, stderr
+    first, second = (sample["continuation"] for sample in json.loads(output.read_text())["samples"])
+    assert first != second and "e" not in first + second
+    assert f"sample 1\nSome words{first}" in stdout and f"sample 2\nSome words{second}" in stdout
+
+
+def test_a_text_is_scored_off_and_on_with_neighbours_of_ones_own(finished_run, tmp_path):
+    output, own = tmp_path / "scores.json", tmp_path / "own.json"
+    own.write_text(json.dumps({"1": ["a neighbour of my own"]}))
+    text = "Ein Prompt mit Ümläuten and plenty of words"
+    status, stdout, stderr = run_program(
+        "launch/sample.py",
+        f"--workdir={finished_run}",
+        f"--prompt={text}",
+        "--score",
+        f"--neighbours={own}",
+        f"--output={output}",
+    )
+    assert status == 0, stderr
+    result = json.loads(output.read_text())
+    off, on = (result["log_probabilities"][mode] for mode in ("off", "on"))
+    assert len(off) == len(on) == len(result["tokens"]) and max(off + on) < 0
+    # The first chunk has the start token and M - 1 others, and its neighbours come after them.
+    assert off[: M - 1] == pytest.approx(on[: M - 1], abs=1e-5) and off[M - 1] != on[M - 1]
+    assert [entry["neighbour"] + entry["continuation"] for entry in result["neighbours"]] == ["a neighbour of my own"]
+    assert stdout.splitlines()[0] == "ln p off\tln p on\ttoken" and "neighbour 1, given" in stdout
+
+
 def test_mistakes_are_named_in_one_line(database, finished_run, finished_baseline, tmp_path):
     directory, bert = database
 
@@ -92,6 +134,9 @@ def test_mistakes_are_named_in_one_line(database, finished_run, finished_baselin
     assert "goes without --database" in mistake(f"--database={directory}", "--service=127.0.0.1:1")
     assert "127.0.0.1:1: UNAVAILABLE" in mistake("--service=127.0.0.1:1")
     assert "top_p 0.0 must be above 0" in mistake("--top_p=0")
+    assert "stop string must not be empty" in mistake("--stop=")
+    (tmp_path / "list.json").write_text("[1]")
+    assert "expected JSON as" in mistake(f"--neighbours={tmp_path / 'list.json'}")
     assert "no such directory" in mistake(f"--database={tmp_path / 'nowhere'}", f"--embedder={bert}")
     assert "sample it without a database" in mistake(
         f"--database={directory}", f"--embedder={bert}", workdir=finished_baseline

@@ -1,5 +1,6 @@
 """A run in several processes is the run in one: batches, losses, checkpoints, figures. It outlives a lost process."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -13,12 +14,41 @@ import pytest
 from processes import finish, free_port, start, succeeded
 from small_run import ROOT, program, run_program
 
+from retro_jax.data.batches import Batches
+from retro_jax.data.sequences import SequenceSource
 from retro_jax.training.metrics import read_metrics
 
 STEPS, SAVES = 30, 10
 TRAIN = "launch/train.py"
 STOP_SECONDS = 30  # within which the others of a lost process end
+BATCH = 4
 WHOLE = ("--config.mesh.data=4", "--config.mesh.fsdp=1")  # another mesh, with fewer collectives for four to wait in
+
+# launch/train.py that writes a line for each example that goes to this process's devices: its number in the order of
+# the run, and a digest of its tokens.
+RECORDER = f"""
+import hashlib, os, runpy
+from retro_jax.training import loop
+
+iterate, to_devices = loop.Batches.iterate, loop.to_devices
+done = 0
+
+def iterated(batches, first):
+    global done
+    done = first
+    return iterate(batches, first)
+
+def recorded(arrays, rows, batch_size, *rest):
+    global done
+    with open(os.path.join(os.environ["RECORDS"], str(os.getpid())), "a") as file:
+        for row, tokens in zip(rows, arrays["tokens"], strict=True):
+            print(done + row, hashlib.sha256(tokens.tobytes()).hexdigest(), file=file)
+    done += batch_size
+    return to_devices(arrays, rows, batch_size, *rest)
+
+loop.Batches.iterate, loop.to_devices = iterated, recorded
+runpy.run_path({str(ROOT / TRAIN)!r}, run_name="__main__")
+"""
 
 
 def flags(small_data, workdir, steps=STEPS, saves=SAVES, recipe=None):
@@ -34,7 +64,7 @@ def losses(workdir):
     """Loss by step; each step must stand there once, with the examples that it has to end at."""
     lines = [line for line in read_metrics(workdir) if "loss" in line]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
-    assert [line["examples_seen"] for line in lines] == [4 * line["step"] for line in lines]
+    assert [line["examples_seen"] for line in lines] == [BATCH * line["step"] for line in lines]
     return [line["loss"] for line in lines]
 
 
@@ -83,12 +113,39 @@ def two(small_data, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def interrupted(small_data, tmp_path_factory):
+def recorder(tmp_path_factory):
+    """The training program that records, with a folder for each number of processes."""
+    path = tmp_path_factory.mktemp("recorder") / "train.py"
+    path.write_text(RECORDER)
+    for count in (1, 2, 4):
+        (path.parent / str(count)).mkdir()
+    return path
+
+
+@pytest.fixture(scope="module")
+def interrupted(small_data, recorder, tmp_path_factory):
     """Workdir of the run in four processes, on another mesh, whose first one, the coordinator, was killed."""
     workdir = tmp_path_factory.mktemp("interrupted") / "run"
-    processes = start(4, TRAIN, *flags(small_data, workdir), *WHOLE)
+    records = str(recorder.parent / "4")
+    processes = start(4, str(recorder), *flags(small_data, workdir), *WHOLE, RECORDS=records)
     wait_for_step(workdir, SAVES + 2, processes)
     kill(processes, 0)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def shrunk(small_data, recorder, interrupted, tmp_path_factory):
+    """Workdir of the run that went on in two processes, lost one, and went on in one, which takes micro-batches."""
+    workdir = shutil.copytree(interrupted, tmp_path_factory.mktemp("shrunk") / "run")
+    records = str(recorder.parent / "2")
+    processes = start(2, str(recorder), *flags(small_data, workdir), devices=2, RECORDS=records)
+    wait_for_step(workdir, 2 * SAVES + 2, processes)
+    kill(processes, 1)
+    records = str(recorder.parent / "1")
+    alone = (*flags(small_data, workdir), "--config.microbatches=2")
+    status, stdout, stderr = run_program(str(recorder), *alone, devices=2, RECORDS=records)
+    assert status == 0, stderr
+    assert f"from step {2 * SAVES} to {STEPS}" in stdout
     return workdir
 
 
@@ -165,15 +222,38 @@ def test_a_run_that_lost_its_coordinator_goes_on_in_four_processes(small_data, a
     assert losses(workdir) == pytest.approx(losses(alone), rel=1e-5)
 
 
-def test_it_goes_on_in_two_processes_loses_one_and_goes_on_in_one(small_data, alone, interrupted, tmp_path):
-    workdir = shutil.copytree(interrupted, tmp_path / "run")
+def test_it_goes_on_in_two_processes_loses_one_and_goes_on_in_one(alone, shrunk):
+    assert losses(shrunk) == pytest.approx(losses(alone), rel=1e-5)
+
+
+def test_each_example_is_trained_on_once_by_one_process_whatever_their_number(small_data, recorder, shrunk):
+    order = Batches([SequenceSource(small_data.sequences)], batch_size=BATCH, seed=0)
+    expected = [
+        (example, hashlib.sha256(tokens.tobytes()).hexdigest())
+        for example, tokens in enumerate(order.examples(0, STEPS * BATCH)["tokens"])
+    ]
+    counted = []
+    for count, first, last in ((4, 0, SAVES), (2, SAVES, 2 * SAVES), (1, 2 * SAVES, STEPS)):
+        files = list((recorder.parent / str(count)).iterdir())
+        assert len(files) == count
+        for path in files:
+            lines = [line.split() for line in path.read_text().splitlines()]
+            read = [(int(example), digest) for example, digest in lines]
+            assert read[0][0] // BATCH == first
+            # Behind the checkpoint that the next start went on from, they did not count.
+            counted += [(example, digest) for example, digest in read if example < last * BATCH]
+    assert sorted(counted) == expected
+
+
+def test_a_run_killed_and_started_again_in_two_processes_has_the_same_bits(small_data, two, tmp_path):
+    workdir = tmp_path / "run"
     processes = start(2, TRAIN, *flags(small_data, workdir), devices=2)
-    wait_for_step(workdir, 2 * SAVES + 2, processes)
+    wait_for_step(workdir, SAVES + 2, processes)
     kill(processes, 1)
-    status, stdout, stderr = run_program(TRAIN, *flags(small_data, workdir), devices=4)
-    assert status == 0, stderr
-    assert f"from step {2 * SAVES} to {STEPS}" in stdout
-    assert losses(workdir) == pytest.approx(losses(alone), rel=1e-5)
+    assert len(losses(workdir)) < STEPS
+    ends = succeeded(start(2, TRAIN, *flags(small_data, workdir), devices=2))
+    assert f"from step {SAVES} to {STEPS}" in ends[0][1]
+    assert losses(workdir) == losses(two[0])
 
 
 def test_sigterm_to_one_process_saves_the_same_step_in_all(small_data, tmp_path):

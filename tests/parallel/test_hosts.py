@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from retro_jax.errors import UserError
+from retro_jax.errors import TemporaryError, UserError
 from retro_jax.parallel import hosts
 from retro_jax.parallel.hosts import Cluster
 
@@ -61,7 +61,7 @@ def test_a_coordinator_from_the_environment_needs_the_rest(environment):
 
 def test_slurm_tells_where_process_0_is(environment):
     message = re.escape("process 2: the coordinator, process 0, cannot be reached at nowhere003:61517 within 1 s")
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(TemporaryError, match=message):
         hosts.start(Cluster(timeout_seconds=1), environment(**SLURM))
 
 
@@ -92,13 +92,24 @@ def test_a_tpu_worker_without_its_number_is_named(environment):
         hosts.start(Cluster(), variables)
 
 
+def test_a_host_whose_name_is_not_known_yet_may_come_later(monkeypatch, environment):
+    variables = environment(**SLURM)
+
+    def fails(*_):
+        raise RuntimeError("Failed to recognize coordinator address t1v-0")  # JAX's, on a TPU pod
+
+    monkeypatch.setattr(hosts.clusters.ClusterEnv, "auto_detect_unset_distributed_params", fails)
+    with pytest.raises(TemporaryError, match=r"does not tell how .* \(Failed to recognize coordinator address t1v-0\)"):
+        hosts.start(Cluster(), variables)
+
+
 @pytest.mark.parametrize("variables", [{}, {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, {"SLURM_NTASKS": "1"}])
 def test_without_a_cluster_there_is_one_process(environment, variables):
     hosts.start(Cluster(), environment(**variables))
     assert not hosts.is_one_of_several() and hosts.is_primary() and jax.process_count() == 1
     hosts.barrier("alone", 0.1)
     assert hosts.agree(7, "alone") == 7
-    assert [hosts.should_stop(step, requested) for step, requested in ((1, False), (2, True))] == [False, True]
+    assert [hosts.should_stop(requested) for requested in (False, True)] == [False, True]
     with pytest.raises(ValueError, match="own"), hosts.named_failure():
         raise ValueError("its own")
     hosts.leave()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -33,11 +34,15 @@ def main():
         found[name] = [rows, np.asarray(whole).tolist()]
     found["agreed"] = [hosts.agree(value + process, name) for value, name in ((100, "a"), (200, "b"), (300, "a"))]
     found["stopped"] = 1
-    while not hosts.should_stop(found["stopped"], process == 1 and found["stopped"] >= 5):
+    while not hosts.should_stop(process == 1 and found["stopped"] >= 5):
         time.sleep(0.01)
         found["stopped"] += 1
-    hosts.barrier("both", 60)
-    hosts.barrier("both", 60)
+    hosts.barrier("both")
+    if process == 1:
+        time.sleep(1.5)
+    found["came"] = time.time()
+    hosts.barrier("both")
+    found["passed"] = time.time()
     print(json.dumps(found), flush=True)
     if process == 0:
         hosts.barrier("late", 0.5)
@@ -48,14 +53,29 @@ def main():
 program.run(main)
 """
 
+TALKATIVE = """
+import jax
+from retro_jax import program
+from retro_jax.parallel import hosts
 
-@pytest.fixture(scope="module")
-def ends():
-    """Exit status, findings and stderr of two processes with two devices each; the second comes late at the end."""
+program.define_cluster_flags()
+
+def main():
+    program.start_cluster()
+    while jax.process_index() == 0:
+        print("y" * 100, flush=True)
+    hosts.barrier("never")
+
+program.run(main)
+"""
+
+
+def start(script):
+    """Two processes with two devices each."""
     place = (f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2")
-    processes = [
+    return [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, *place, f"--process_id={process}"],
+            [sys.executable, "-c", script, *place, f"--process_id={process}"],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -64,9 +84,14 @@ def ends():
         )
         for process in range(2)
     ]
+
+
+@pytest.fixture(scope="module")
+def ends():
+    """Exit status, findings and stderr of the two; the second comes late at the end."""
     return [
         (status, next(json.loads(line) for line in stdout.splitlines() if line.startswith("{")), stderr)
-        for status, stdout, stderr in finish(processes, timeout=120)
+        for status, stdout, stderr in finish(start(PROGRAM), timeout=120)
     ]
 
 
@@ -91,9 +116,30 @@ def test_a_request_of_one_process_stops_all_after_the_same_step(ends):
     assert first == second > 5
 
 
+def test_none_passes_a_barrier_before_all_have_come(ends):
+    came, passed = ([found[name] for _, found, _ in ends] for name in ("came", "passed"))
+    assert min(passed) >= max(came) > min(came) + 1
+
+
 def test_who_does_not_come_is_named_and_all_end(ends):
     host = socket.gethostname()
     late = f"late: process 1 ({host}) did not come within 0.5 s"
-    assert ends[0][0] == ends[1][0] == 1
+    assert ends[0][0] == ends[1][0] == os.EX_TEMPFAIL
     assert f"error: {late}\n" in ends[0][2]
     assert f"error: process 0 ({host}) failed: {late}; this process ends as well\n" in ends[1][2]
+
+
+def test_a_reader_that_goes_away_ends_all():
+    first, second = start(TALKATIVE)
+    assert first.stdout.readline() == "y" * 100 + "\n"
+    first.stdout.close()
+    try:
+        assert first.wait(timeout=60) == 128 + signal.SIGPIPE
+        _, stderr = second.communicate(timeout=60)
+    finally:
+        first.kill()
+        second.kill()
+    assert first.stderr.read() == ""
+    assert second.returncode == 1
+    reason = f"process 0 ({socket.gethostname()}) failed: nobody reads its output any more"
+    assert stderr.endswith(f"error: {reason}; this process ends as well\n")

@@ -11,17 +11,17 @@ import time
 
 import pytest
 
-from retro_jax.errors import UserError
+from retro_jax.errors import TemporaryError, UserError
 from retro_jax.parallel.roll_call import Address, meet
 
 MEMBER = """
 import json, sys, time
 from retro_jax.parallel.roll_call import Address, meet
 
-def stop(reason, lost):
+def stop(reason, temporary):
     print(reason, flush=True)
     import os
-    os._exit(75 if lost else 1)
+    os._exit(75 if temporary else 1)
 
 port, process, of = map(int, sys.argv[1:4])
 roll_call = meet(Address("127.0.0.1", port), process, of, 60)
@@ -32,6 +32,8 @@ if order == "leave":
     roll_call.leave()
 elif order == "fail":
     roll_call.fail("the disk is full")
+elif order == "wait":
+    roll_call.fail("the workdir is in use", temporary=True)
 """
 
 
@@ -112,6 +114,32 @@ def test_a_failure_is_told_to_all_with_its_reason(port):
         assert process.stdout.read().strip() == f"process 1 ({socket.gethostname()}) failed: the disk is full"
 
 
+def test_a_failure_that_may_pass_ends_all_in_that_way(port):
+    processes = members(port, 3)
+    order(processes[2], "wait")
+    for process in processes[:2]:
+        assert process.wait(timeout=20) == 75
+        assert process.stdout.read().strip() == f"process 2 ({socket.gethostname()}) failed: the workdir is in use"
+
+
+def test_a_loss_that_is_told_in_the_same_packet_as_the_meeting_is_named(port):
+    told, stopped = [], threading.Event()
+
+    def stop(reason, temporary):
+        told.append((reason, temporary))
+        stopped.set()
+
+    with socket.create_server(("127.0.0.1", port)) as listener, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        meeting = pool.submit(meet, Address("127.0.0.1", port), 1, 3, 20)
+        first = listener.accept()[0]
+        with first:
+            first.recv(1 << 16)
+            first.sendall(b'{"hosts": ["a", "b", "c"]}\n{"gone": 2}\n')
+            meeting.result(timeout=20).watch(stop)
+            assert stopped.wait(timeout=20)
+    assert told == [("process 2 (c) has stopped or cannot be reached", True)]
+
+
 def test_one_that_has_left_is_not_missed_but_one_that_dies_while_others_leave_is(port):
     processes = members(port, 3)
     for process in (processes[0], processes[2]):
@@ -137,22 +165,25 @@ def test_the_missing_are_named_to_those_that_came(port):
     for error in found:
         assert f"number 1, 3 did not come to 127.0.0.1:{port} within 2 s" in str(error)
         assert f"(there are: 0 on {host}, 2 on {host})" in str(error)
+        assert isinstance(error, TemporaryError)
 
 
 def test_a_coordinator_that_is_not_there_is_named(port):
     (error,) = meet_all(port, [(1, 2)], timeout=1.0)
     assert f"process 0, cannot be reached at 127.0.0.1:{port} within 1 s (Connection refused)" in str(error)
     assert "see that it runs, that the address is its host's, and that no firewall" in str(error)
+    assert isinstance(error, TemporaryError)
 
 
 def test_a_host_name_that_nobody_knows_is_named():
-    with pytest.raises(UserError, match=r"cannot be reached at nowhere\.invalid:1 within 0\.5 s"):
+    with pytest.raises(TemporaryError, match=r"cannot be reached at nowhere\.invalid:1 within 0\.5 s"):
         meet(Address("nowhere.invalid", 1), 1, 2, 0.5)
 
 
 def test_a_port_in_use_is_named(port):
-    with socket.create_server(("", port)), pytest.raises(UserError, match=f"cannot listen at port {port}.*in use"):
+    with socket.create_server(("", port)), pytest.raises(UserError, match=f"cannot listen at port {port}") as caught:
         meet(Address("127.0.0.1", port), 0, 2, 5)
+    assert "in use" in str(caught.value) and not isinstance(caught.value, TemporaryError)
 
 
 def test_two_with_one_number_and_other_counts_are_refused(port):
@@ -161,6 +192,7 @@ def test_two_with_one_number_and_other_counts_are_refused(port):
     assert sum("number 2 did not come" in str(error) for error in found) == 2
     found = meet_all(port, [(0, 2), (1, 3)], timeout=2.0)
     assert "process 1" in str(found[1]) and "was told of 3 processes, process 0" in str(found[1])
+    assert not isinstance(found[1], TemporaryError)
 
 
 def test_other_connections_do_not_disturb_the_meeting(port):

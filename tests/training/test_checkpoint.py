@@ -173,6 +173,35 @@ def test_the_newest_every_kth_and_the_best_are_kept_also_by_a_resumed_run(run, t
     assert kept(tmp_path) == [2, 4, 5, 7]
 
 
+def test_a_loss_counts_for_the_state_it_was_measured_on(run, tmp_path):
+    with Checkpoints(tmp_path, CheckpointConfig(keep_last=1, keep_best=2)) as checkpoints:
+
+        def kept_after(step, loss=None):
+            checkpoints.save(step, run[0], DATA, loss)
+            checkpoints.wait()
+            return checkpoints.steps
+
+        assert [kept_after(step, loss) for step, loss in ((1, 2.0), (3, 1.0))] == [[1], [1, 3]]
+        assert checkpoints.discard_after(1) == [3]
+        assert kept_after(3) == [1, 3]  # as at a stop: without a validation
+        assert kept_after(4, 4.0) == [1, 4]
+        checkpoints.note_loss(5, 0.1)  # of a step that was validated, but not saved before the kill
+        assert kept_after(5) == [1, 4, 5]
+        assert kept_after(6, 5.0) == [1, 4, 6]
+        checkpoints.note_loss(6, 0.5)  # made up for
+        assert kept_after(7) == [1, 6, 7]
+
+
+def test_damage_says_another_way_out_where_going_back_is_used_up(one, copied):
+    (copied / "20" / "params" / "manifest.ocdbt").unlink()
+    with Checkpoints(copied, CheckpointConfig()) as checkpoints:
+        with pytest.raises(UserError, match="--resume_from=10 takes the one before it"):
+            checkpoints.restore(one[1], 20, went_back_to=5)
+        way_out = rf"remove {copied / '20'}, and the run goes on from the one before it, step 10$"
+        with pytest.raises(UserError, match=way_out):
+            checkpoints.restore(one[1], 20, went_back_to=10)
+
+
 def test_digests_are_equal_on_every_mesh_and_see_any_change():
     rng = np.random.default_rng(0)
     arrays = {

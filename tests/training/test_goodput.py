@@ -26,10 +26,11 @@ def clock(monkeypatch):
 def start(clock, workdir, step, init=3.0, compiling=2.0):
     began = clock.now
     clock.now += 1.0
-    ledger = Ledger(workdir, step, began)
+    ledger = Ledger(workdir, began)
     with ledger.measure("compile"):
         clock.now += compiling
     clock.now += init - 1.0
+    ledger.resume(step)
     ledger.enter(step, rest="init")
     return ledger
 
@@ -74,6 +75,19 @@ def test_steps_done_again_are_lost_and_the_time_between_is_away(clock, tmp_path)
     assert summarise(tmp_path)["steps"] == 15
 
 
+def test_a_start_that_ends_before_it_has_its_state_takes_nothing_away(clock, tmp_path):
+    with start(clock, tmp_path, 0) as ledger:
+        work(clock, ledger, 10)
+    before = summarise(tmp_path)
+    clock.now += 5.0
+    Ledger(tmp_path, clock.now).close()  # its checkpoint could not be read
+    assert summarise(tmp_path) == before
+    clock.now += 5.0
+    with start(clock, tmp_path, 10):
+        pass
+    assert summarise(tmp_path)["steps"] == 10 and summarise(tmp_path)["seconds"]["away"] == pytest.approx(10.0)
+
+
 def test_any_history_of_kills_adds_up(clock, tmp_path):
     rng = random.Random(0)
     begin, saved, done = clock.now, 0, {}
@@ -104,7 +118,8 @@ def test_any_history_of_kills_adds_up(clock, tmp_path):
 
 
 def test_a_process_that_is_not_the_first_keeps_time_and_writes_nothing(clock, tmp_path):
-    ledger = Ledger(tmp_path, 0, clock.now, write=False)
+    ledger = Ledger(tmp_path, clock.now, write=False)
+    ledger.resume(0)
     assert work(clock, ledger, 1)["step"] == 1.0
     assert not list(tmp_path.iterdir()) and summarise(tmp_path)["goodput"] == 0.0
 

@@ -1,7 +1,9 @@
 """The loop in this process: never waits for the device, skips what went wrong, goes back when told, keeps the best."""
 
 import dataclasses
+import itertools
 import shutil
+import time
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +21,11 @@ from retro_jax.config import (
     ValidationConfig,
 )
 from retro_jax.errors import UserError
-from retro_jax.training import loop
+from retro_jax.training import checkpoint, loop
 from retro_jax.training.goodput import summarise
 from retro_jax.training.loop import train
 from retro_jax.training.metrics import read_metrics, read_validations
+from retro_jax.training.profile import ProfileWindow
 
 STEPS = 8
 
@@ -155,11 +158,16 @@ def test_checkpoints_are_written_by_the_clock_as_well(config, tmp_path):
     assert checkpoints(tmp_path / "run") == [3, 6, 8]
 
 
-def test_a_damaged_checkpoint_stops_the_run_and_going_back_is_asked_for_once(config, whole, copied, capsys):
-    largest = max((copied / "checkpoints" / "8").rglob("*"), key=lambda path: path.stat().st_size)
+def damage(checkpoint):
+    """Flips a bit of its largest file."""
+    largest = max(checkpoint.rglob("*"), key=lambda path: path.stat().st_size)
     damaged = bytearray(largest.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     largest.write_bytes(damaged)
+
+
+def test_a_damaged_checkpoint_stops_the_run_and_going_back_is_asked_for_once(config, whole, copied, capsys):
+    damage(copied / "checkpoints" / "8")
     with pytest.raises(UserError, match=r"checkpoints/8: damaged checkpoint .*; --resume_from=6 takes the one before"):
         train(config, copied)
     with pytest.raises(UserError, match=r"--resume_from=5: no checkpoint of this step .*; there are 3, 6, 8"):
@@ -173,6 +181,45 @@ def test_a_damaged_checkpoint_stops_the_run_and_going_back_is_asked_for_once(con
     captured = capsys.readouterr()
     assert "--resume_from=3 was followed before: going on from the newest checkpoint, step 8" in captured.err
     assert "from step 8 to 8" in captured.out
+    shutil.rmtree(copied / "checkpoints" / "8")
+    damage(copied / "checkpoints" / "6")
+    way_out = f"6: damaged checkpoint .*; remove {copied}/checkpoints/6, and the run goes on from the one .*, step 3$"
+    with pytest.raises(UserError, match=way_out):  # --resume_from=3 is used up
+        train(config, copied, resume_from=3)
+    shutil.rmtree(copied / "checkpoints" / "6")
+    train(config, copied, resume_from=3)
+    assert losses(copied) == losses(whole)
+
+
+def test_a_start_whose_checkpoint_cannot_be_read_takes_no_steps_off(config, copied):
+    damage(copied / "checkpoints" / "3")
+    with pytest.raises(UserError, match="checkpoints/3: damaged checkpoint"):
+        train(config, copied, resume_from=3)
+    train(config, copied)
+    summary = summarise(copied)
+    assert summary["steps"] == STEPS and summary["seconds"]["lost"] == 0 < summary["seconds"]["away"]
+
+
+@pytest.mark.parametrize("first", [0, 6])
+def test_the_processes_meet_after_compiling_and_before_the_first_step(monkeypatch, config, copied, tmp_path, first):
+    events = []
+
+    def call(run_step, state, batch, step):
+        events.append("step")
+        return run_step(state, batch)
+
+    wrapped(monkeypatch, call)
+    compiled, state = loop.make_train_step.compile, ("initialise" if first == 0 else "restored")
+    monkeypatch.setattr(loop.make_train_step, "compile", lambda self: (events.append("compile"), compiled(self))[1])
+    monkeypatch.setattr(loop.hosts, "barrier", lambda name: events.append(f"all {name}"))
+    initialise, digests = loop.initialise, checkpoint.digests
+    monkeypatch.setattr(loop, "initialise", lambda *given: (events.append("initialise"), initialise(*given))[1])
+    monkeypatch.setattr(checkpoint, "digests", lambda arrays: (events.append("restored"), digests(arrays))[1])
+    workdir = copied if first else tmp_path / "fresh"
+    shutil.rmtree(copied / "checkpoints" / "8")
+    train(config, workdir)
+    expected = ["compile", "all compiled", *(["all loaded"] if first else []), state, "all ready", "step"]
+    assert events[: len(expected)] == expected
 
 
 def poisoned(monkeypatch, bad_steps):
@@ -236,12 +283,13 @@ def test_validation_comes_once_a_step_and_the_best_checkpoint_is_kept(monkeypatc
     best = min(lines(tmp_path / "whole"), key=lambda line: line["validation_loss"])["step"]
     assert checkpoints(tmp_path / "whole") == sorted({best, STEPS})
 
-    monkeypatch.setattr(loop.hosts, "should_stop", lambda step, requested: step == 6)  # as SIGTERM does
+    asked = itertools.count(1)  # after every step, and once within the validation of step 3
+    monkeypatch.setattr(loop.hosts, "should_stop", lambda requested: next(asked) == 7)  # as SIGTERM does
     result = train(validating, tmp_path / "stopped")
     assert result.terminated and result.step == 6
     assert [line["step"] for line in lines(tmp_path / "stopped")] == [3]  # a stop does not wait for a validation
 
-    def killed(step, requested):
+    def killed(requested):
         raise RuntimeError("killed")
 
     monkeypatch.setattr(loop.hosts, "should_stop", killed)  # behind the validation of step 6, before the next save
@@ -252,6 +300,34 @@ def test_validation_comes_once_a_step_and_the_best_checkpoint_is_kept(monkeypatc
     train(validating, tmp_path / "stopped")
     assert lines(tmp_path / "stopped") == lines(tmp_path / "whole")
     assert losses(tmp_path / "stopped") == losses(whole)
+
+
+def test_a_stop_is_noticed_in_the_middle_of_a_validation(monkeypatch, config, whole, tmp_path):
+    """Step 3 is validated in two batches; its checkpoint is known to be the best all the same, once it was done."""
+    best = CheckpointConfig(every_steps=3, keep_last=1, keep_best=1)
+    held_out = ValidationConfig(sequences=config.data.sequences, every_steps=3, examples=10)
+    validating = dataclasses.replace(config, validation=held_out, checkpoint=best)
+    made_up, measure = iter((1.0, 7.0, 8.0)), loop.Validation.measure
+
+    def measured(self, params, stopping):
+        found = measure(self, params, stopping)
+        return found and {**found, "validation_loss": next(made_up)}
+
+    monkeypatch.setattr(loop.Validation, "measure", measured)
+    with monkeypatch.context() as patch:
+        asked = itertools.count(1)
+        patch.setattr(loop.hosts, "should_stop", lambda requested: next(asked) == 4)
+        result = train(validating, tmp_path / "run")
+    assert result.terminated and result.step == 3 and checkpoints(tmp_path / "run") == [3]
+    assert read_validations(tmp_path / "run") == []
+    with monkeypatch.context() as patch:
+        asked = itertools.count(1)
+        patch.setattr(loop.hosts, "should_stop", lambda requested: next(asked) == 1)
+        assert train(validating, tmp_path / "run").step == 4
+    assert checkpoints(tmp_path / "run") == [3, 4]
+    train(validating, tmp_path / "run")  # knows the loss of step 3 from the line of the start before
+    assert [line["validation_loss"] for line in read_validations(tmp_path / "run")] == [1.0, 7.0, 8.0]
+    assert checkpoints(tmp_path / "run") == [3, 8] and losses(tmp_path / "run") == losses(whole)
 
 
 def test_settings_and_data_that_do_not_fit_are_named(config, tmp_path):
@@ -282,9 +358,23 @@ def test_exhausted_memory_is_one_line_with_what_helps():
 
 def test_the_profiler_records_its_window(config, tmp_path, capsys):
     train(config, tmp_path / "run", profile=(3, 2))
-    (trace,) = (tmp_path / "run" / "profile").rglob("*.xplane.pb")
+    (trace,) = (tmp_path / "run" / "profile" / "process-0").rglob("*.xplane.pb")
     content = trace.read_bytes()
     assert b"step_num" in content and b"train" in content
     train(config, tmp_path / "run", profile=(3, 2))  # started again behind its window
     assert "nothing to profile: steps 3 to 4 are none of those of this start" in capsys.readouterr().err
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb")) == [trace]
+
+
+def test_processes_of_one_host_record_apart(monkeypatch, tmp_path):
+    for process in (0, 3):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        with ProfileWindow(tmp_path, (1, 1), range(1, 2)) as window, window.before(1):
+            pass
+    assert {path.name for path in (tmp_path / "profile").iterdir()} == {"process-0", "process-3"}
+
+
+def test_what_a_program_does_before_it_calls_counts_as_init(config, copied):
+    before = summarise(copied)["seconds"]["init"]
+    train(config, copied, began=time.time() - 100)
+    assert 100 < summarise(copied)["seconds"]["init"] - before < 200

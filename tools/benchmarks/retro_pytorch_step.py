@@ -29,7 +29,7 @@ def main() -> None:
 
     torch.set_num_threads(cores)
     torch.manual_seed(0)
-    model = _model(job)
+    model = build_model(job)
     step = torch.compile(model) if job["compile"] else model
     optimizer = importlib.import_module("retro_pytorch.optimizer").get_optimizer(model.parameters(), lr=2e-4, wd=0.1)
 
@@ -54,7 +54,7 @@ def main() -> None:
     )
 
 
-def _model(job: dict[str, Any]) -> Any:
+def build_model(job: dict[str, Any]) -> Any:
     """The package's RETRO in the shape of the job, in training mode."""
     package = types.ModuleType("retro_pytorch")
     package.__path__ = list(importlib.util.find_spec("retro_pytorch").submodule_search_locations)

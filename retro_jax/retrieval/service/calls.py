@@ -20,7 +20,6 @@ from retro_jax.retrieval.service.security import ServerSecurity
 from retro_jax.retrieval.service.source import Source
 from retro_jax.retrieval.service.wire import Limits, Query, RefusedError
 
-_REQUEST_ID = "x-request-id"
 _LONGEST_ID = 64
 _Answer = Callable[[bytes, grpc.ServicerContext], bytes]
 
@@ -69,6 +68,7 @@ class Calls:
         def handle(data: bytes, context: grpc.ServicerContext) -> bytes:
             started = time.perf_counter()
             code, reason = grpc.StatusCode.OK, ""
+            wire.REQUEST_ID.set(_request_id(context))
             try:
                 if not self._security.admits(context.invocation_metadata()):
                     raise RefusedError(grpc.StatusCode.UNAUTHENTICATED, "no token, or one that is not known here")
@@ -90,7 +90,7 @@ class Calls:
                 self._log.event(
                     f"{method} {code.name}",
                     level="info" if code is grpc.StatusCode.OK else "warning",
-                    request=_request_id(context),
+                    request=wire.REQUEST_ID.get(),
                     peer=context.peer(),
                     bytes=len(data),
                     ms=round(1000 * seconds, 3),
@@ -191,6 +191,11 @@ class Calls:
 def _request_id(context: grpc.ServicerContext) -> str:
     """The caller's own, when it is short and printable; else one of ours."""
     for key, value in context.invocation_metadata():
-        if key == _REQUEST_ID and isinstance(value, str) and value.isprintable() and len(value) <= _LONGEST_ID:
+        if (
+            key == wire.REQUEST_ID_HEADER
+            and isinstance(value, str)
+            and value.isprintable()
+            and len(value) <= _LONGEST_ID
+        ):
             return value
     return uuid.uuid4().hex[:16]

@@ -50,7 +50,7 @@ class Neighbours:
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """What is served: `wire` names and fingerprints of the database, and what one request may ask.
+    """What is served.
 
     Attributes:
       database, corpus, embedder, tokenizer: fingerprints.

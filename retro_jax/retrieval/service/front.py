@@ -21,12 +21,12 @@ from retro_jax.retrieval.service.wire import (
     Limits,
     Query,
     RefusedError,
+    file_fingerprint,
     keys_bytes,
     merge,
     parse,
     read_found,
     rows,
-    text_fingerprint,
     vectors_message,
 )
 
@@ -96,6 +96,7 @@ class FrontSource:
         self._offers: dict[str, _Offer] = {}
         self._current = ""
         self._known_replicas: dict[tuple, Replicas] = {}
+        self._left_out: set[tuple[str, tuple[int, ...]]] = set()
         self._tokenizers: dict[str, Any] = {}
         self._models: dict[str, bytes] = {}
         self._lock = threading.Lock()
@@ -203,7 +204,7 @@ class FrontSource:
         if fingerprint not in self._models:
             request = pb.DescribeRequest(with_tokenizer=True).SerializeToString()
             response = parse(pb.DescribeResponse, _one(ask([offer.anyone], "Describe", request, time.monotonic() + 10)))
-            if text_fingerprint(response.tokenizer_model) != fingerprint:
+            if file_fingerprint(response.tokenizer_model) != fingerprint:
                 raise RefusedError(grpc.StatusCode.UNAVAILABLE, "the shard servers are changing to another tokenizer")
             self._models[fingerprint] = response.tokenizer_model
         return self._models[fingerprint]
@@ -248,9 +249,11 @@ class FrontSource:
         }
         current = self._choose(offers)
         self._offers = offers
-        if current != self._current:
-            self._log.event("answers", database=current, before=self._current or None)
-            self._current = current
+        if current == self._current:
+            return
+        self._log.event("answers", database=current or None, before=self._current or None)
+        self._current = current
+        if current:
             self._metrics.loaded(offers[current].version)
 
     def _make_offer(
@@ -263,7 +266,8 @@ class FrontSource:
                 taken.update(shards)
                 name = f"shards {', '.join(map(str, shards))}"
                 groups.append(_Group(shards, self._replicas(fingerprint, name, backends)))
-            else:
+            elif (fingerprint, shards) not in self._left_out:
+                self._left_out.add((fingerprint, shards))
                 self._log.event("overlap", level="warning", shards=list(shards), backends=[b.address for b in backends])
         version = pb.Version()
         version.CopyFrom(samples[0])
@@ -286,7 +290,7 @@ class FrontSource:
         complete = [fingerprint for fingerprint, offer in offers.items() if offer.answerable]
         if self._current not in offers:
             newest = [order[-1] for order in orders]
-            return max(complete, key=newest.count, default=self._current if self._current in offers else "")
+            return max(complete, key=newest.count, default="")
 
         def later(a: str, b: str) -> bool:
             return any(a in order and b in order and order.index(a) > order.index(b) for order in orders)

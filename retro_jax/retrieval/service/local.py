@@ -30,7 +30,7 @@ class LocalSource:
         *,
         log: Log,
         metrics: Metrics,
-        keep_seconds: float = 30.0,
+        keep_seconds: float = 60.0,
         min_recall: float = 0.0,
     ) -> None:
         """Loads nothing yet.
@@ -39,7 +39,8 @@ class LocalSource:
           open_holding: loads and verifies what is there now.
           signature: changes when there is something else.
           log, metrics: told of loads.
-          keep_seconds: how long a version that has a successor stays after it was last asked for.
+          keep_seconds: how long a version that has a successor stays after it was last asked for; at least as long as a
+            request may wait, so that none under way loses it.
           min_recall: on stored queries; a version below it is not served.
         """
         self._open = open_holding
@@ -99,8 +100,10 @@ class LocalSource:
 
     def check_recall(self) -> None:
         """Measures the recall of the newest version again."""
-        if self._holdings:
+        try:
             self._metrics.recall.set(self._holdings[-1].recall())
+        except (UserError, OSError) as error:  # its files may just have been moved away
+            self._log.event("recall check failed", level="error", reason=str(error))
 
     def versions(self) -> list[pb.Version]:
         return [holding.version for holding in self._holdings]
@@ -131,8 +134,7 @@ class LocalSource:
         holdings = self._holdings
         if not holdings:
             raise RefusedError(grpc.StatusCode.UNAVAILABLE, "the database is being loaded")
-        if not database:
-            return holdings[-1]
+        database = database or holdings[-1].version.database
         for holding in holdings:
             if holding.version.database == database:
                 self._used[database] = time.monotonic()

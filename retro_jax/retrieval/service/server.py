@@ -150,15 +150,15 @@ class _Ports:
             server = self._server(threads, options.limits.message_bytes)
             server.add_generic_rpc_handlers((self._calls.handler(),))
             self.port = _listen(server, options.host, options.port, options.security.credentials(), "port")
-            self.addresses["address"] = f"{options.host}:{self.port}"
+            self.addresses["address"] = _joined(options.host, self.port)
             if options.security.identity:
                 self._metrics.certificate_expiry.set_function(options.security.identity.expiry)
             if options.health_port is not None:
                 port = _listen(self._server(2, 1 << 16), options.host, options.health_port, None, "health_port")
-                self.addresses["health"] = f"{options.host}:{port}"
+                self.addresses["health"] = _joined(options.host, port)
             if options.metrics_port is not None:
                 port, self._stop_metrics = self._metrics.serve(options.metrics_host, options.metrics_port)
-                self.addresses["metrics"] = f"{options.metrics_host}:{port}"
+                self.addresses["metrics"] = _joined(options.metrics_host, port)
             for server in self._servers:
                 server.start()
         except BaseException:
@@ -306,7 +306,7 @@ def _listen(server: grpc.Server, host: str, port: int, credentials: grpc.ServerC
     Raises:
       UserError: it is in use, or the host is not of this machine.
     """
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    address = _joined(host, port)
     # gRPC says only that binding failed, and tells why in a log of its own.
     with contextlib.closing(_probe(host)) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -321,6 +321,10 @@ def _listen(server: grpc.Server, host: str, port: int, credentials: grpc.ServerC
         return server.add_secure_port(address, credentials)
     except RuntimeError:
         raise UserError(f"cannot listen at {address}: port in use; give another --{flag}") from None
+
+
+def _joined(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _probe(host: str) -> socket.socket:

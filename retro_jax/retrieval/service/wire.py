@@ -7,7 +7,8 @@ numbers, never the text that was sent.
 import dataclasses
 import hashlib
 import math
-from typing import Any, TypeVar
+from contextvars import ContextVar
+from typing import TypeVar
 
 import grpc
 import numpy as np
@@ -16,6 +17,9 @@ from google.protobuf.message import DecodeError, Message
 from retro_jax.retrieval.index import merge as merge_answers
 from retro_jax.retrieval.service import retrieval_v1_pb2 as pb
 
+# Of the call that this thread answers; goes on to the servers that it asks meanwhile.
+REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
+REQUEST_ID_HEADER = "x-request-id"
 SERVICE = pb.DESCRIPTOR.services_by_name["Retrieval"].full_name
 _MessageT = TypeVar("_MessageT", bound=Message)
 _OVERHEAD_BYTES = 1 << 20  # of a message besides its largest array
@@ -248,11 +252,6 @@ def merge(parts: list[Found], k: int) -> Found:
     return Found(ids, distances, sum(part.dropped for part in parts))
 
 
-def text_fingerprint(data: bytes) -> str:
+def file_fingerprint(data: bytes) -> str:
     """The fingerprint by which a tokenizer's model file is known."""
     return hashlib.sha256(data).hexdigest()[:16]
-
-
-def fields_of(message: Message) -> dict[str, Any]:
-    """A small message as a dict, for logs and print."""
-    return {field.name: getattr(message, field.name) for field in message.DESCRIPTOR.fields}

@@ -18,12 +18,15 @@ SECRET = "a very private sentence"
 
 
 def scrape(server) -> dict[tuple, float]:
-    """(name, labels in order) -> value."""
+    """(name, values of the labels in alphabetical order of their names) -> value."""
     url = f"http://{server.event('listening')['metrics']}/metrics"
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=10) as response:
         families = text_string_to_metric_families(response.read().decode())
     return {
-        (sample.name.removeprefix("retro_retrieval_"), *sample.labels.values()): sample.value
+        (
+            sample.name.removeprefix("retro_retrieval_"),
+            *(value for _, value in sorted(sample.labels.items())),
+        ): sample.value
         for family in families
         for sample in family.samples
     }
@@ -59,21 +62,23 @@ def test_metrics_count_requests_shards_and_trouble(served):
                 client.search(queries, 2)
             running_search.result()
         assert shed.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        told = [server.event("Search RESOURCE_EXHAUSTED")["request"] for server in (asking, shard)]
+        assert told[0] == told[1]  # one request, by one name in all logs
     after = scrape(asking), scrape(shard)
 
     def counted(place: int, *key: str) -> float:
         return after[place].get(key, 0) - before[place].get(key, 0)
 
-    assert counted(0, "requests_total", "Search", "OK") == 5
-    assert counted(0, "requests_total", "Search", "INVALID_ARGUMENT") == 1
-    assert counted(0, "requests_total", "Search", "RESOURCE_EXHAUSTED") == 1
+    assert counted(0, "requests_total", "OK", "Search") == 5
+    assert counted(0, "requests_total", "INVALID_ARGUMENT", "Search") == 1
+    assert counted(0, "requests_total", "RESOURCE_EXHAUSTED", "Search") == 1
     assert counted(0, "backend_requests_total", shard.address, "OK") == 5
     assert counted(0, "request_seconds_count", "Search") == 7
     assert counted(0, "queries_sum") == 30
-    assert counted(1, "shed_total") >= 1 and counted(1, "requests_total", "Search", "OK") == 5
+    assert counted(1, "shed_total") >= 1 and counted(1, "requests_total", "OK", "Search") == 5
     assert after[0]["backend_up", shard.address] == 1
     for values in after:
-        assert values["database_info", "world1", "corpus", "embedder"] == 1
+        assert values["database_info", "corpus", "world1", "embedder"] == 1
         assert values["recall",] == 0.96875
         assert values["queue_requests",] == values["running_requests",] == 0
         assert values["process_resident_memory_bytes", ] > 1e7  # fmt: skip

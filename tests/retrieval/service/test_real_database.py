@@ -4,6 +4,7 @@ import re
 import shutil
 from pathlib import Path
 
+import grpc
 import numpy as np
 import psutil
 import pytest
@@ -14,6 +15,7 @@ from small_run import error_line
 from retro_jax.retrieval.database import Database
 from retro_jax.retrieval.embedder import Embedder, EmbeddingSet, embed_corpus
 from retro_jax.retrieval.index_build import build_index
+from retro_jax.retrieval.service import retrieval_v1_pb2 as pb
 from retro_jax.retrieval.service.client import RetrievalClient, RetrievalError
 from retro_jax.retrieval.update import remove_documents
 
@@ -100,6 +102,12 @@ def test_the_front_embeds_tokens_and_texts(database, served, bert):
             client.retrieve(chunks[:, :15], 1)
         with pytest.raises(RetrievalError, match="outside the vocabulary of 800"):
             client.retrieve(chunks + 800, 1)
+    tokens = pb.Tokens(values=chunks.tobytes(), chunk_length=16, tokenizer="another")
+    with grpc.insecure_channel(served[0].address) as channel:
+        call = channel.unary_unary("/retro_jax.retrieval.v1.Retrieval/Search")
+        with pytest.raises(grpc.RpcError, match="tokens of another tokenizer than the database's") as refused:
+            call(pb.SearchRequest(tokens=tokens, k=1).SerializeToString(), timeout=20)
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
 def test_a_shard_server_needs_neither_tensorflow_nor_jax(served):

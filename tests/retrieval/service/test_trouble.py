@@ -41,7 +41,7 @@ def test_a_slow_shard_without_a_replica_is_named_before_the_deadline(start_clust
         shard = cluster.shards[1][0]
         with RetrievalClient(shard.address, seconds=0.3, patience=ONCE) as client:
             started = time.monotonic()
-            with pytest.raises(RetrievalError, match=r"in time|Deadline Exceeded") as refused:
+            with pytest.raises(RetrievalError, match="no answer in time") as refused:
                 client.search(queries_of(0, 1), 2)
             assert refused.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
             assert time.monotonic() - started < 0.6
