@@ -10,7 +10,7 @@ import psutil
 import pytest
 import tiny_bert
 from processes_of_service import front, health, program, running, wait_ready
-from small_run import error_line
+from small_run import ROOT, error_line
 
 from retro_jax.retrieval.database import Database
 from retro_jax.retrieval.embedder import Embedder, EmbeddingSet, embed_corpus
@@ -167,3 +167,15 @@ def test_mistakes_are_named_in_one_line(database, served, tmp_path):
     port = served[0].port
     assert f"127.0.0.1:{port}: port in use" in mistake(f"--database={database}", f"--port={port}")
     assert health(served[0].address) == "SERVING"
+
+
+def test_the_overhead_of_the_service_is_measured(database, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    from benchmarks.service_overhead import measure
+
+    lines = list(measure(database, EmbeddingSet(database / "embeddings"), rounds=3))
+    assert [(line["way"], line["batch"]) for line in lines] == [
+        (way, batch) for batch in (1, 64) for way in ("library", "server", "front")
+    ]
+    assert all(line["overhead_ms"] == 0 or line["way"] != "library" for line in lines)
+    assert all(line["milliseconds"] > 0 for line in lines)

@@ -1,0 +1,105 @@
+"""What the retrieval service costs over the same search in this process, at several batch sizes.
+
+python tools/benchmarks/service_overhead.py DATABASE EMBEDDINGS      # prints one JSON line for each way and batch
+
+The three ways answer in turn, request by request, so that a busy machine slows all of them alike: the library, one
+server with the whole database, and a front before one server for each half of the index.
+"""
+
+import contextlib
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retro_jax.retrieval.database import Database
+from retro_jax.retrieval.embedder import EmbeddingSet
+from retro_jax.retrieval.service.client import RetrievalClient
+
+BATCHES = (1, 64)
+K = 2
+_PROGRAM = Path(__file__).resolve().parents[2] / "launch" / "serve_retrieval.py"
+
+
+def measure(directory: Path, embeddings: EmbeddingSet, *, rounds: int = 200) -> Iterator[dict[str, Any]]:
+    """Times searches for the vectors of random chunks.
+
+    Args:
+      directory: of the database.
+      embeddings: whose vectors are the queries.
+      rounds: requests of each way and batch size.
+
+    Yields:
+      way, batch, milliseconds (median), overhead_ms and overhead_percent over the library.
+    """
+    database = Database.open(directory)
+    with contextlib.ExitStack() as stack:
+        whole = stack.enter_context(_serving(f"--database={directory}"))
+        ways: dict[str, Callable[[np.ndarray], Any]] = {"library": lambda vectors: database.search(vectors, K)}
+        ways["server"] = _asking(stack, whole)
+        if database.num_index_shards > 1:
+            halves = [stack.enter_context(_serving(f"--database={directory}", f"--shards={i}/2")) for i in range(2)]
+            ways["front"] = _asking(stack, stack.enter_context(_serving(f"--backends={','.join(halves)}")))
+        rng = np.random.default_rng(0)
+        for batch in BATCHES:
+            seconds: dict[str, list[float]] = {way: [] for way in ways}
+            for _ in range(rounds):
+                vectors = embeddings.vectors(np.sort(rng.choice(len(embeddings), batch, replace=False)))
+                for way, search in ways.items():
+                    begun = time.perf_counter()
+                    search(vectors)
+                    seconds[way].append(time.perf_counter() - begun)
+            medians = {way: 1000 * statistics.median(times) for way, times in seconds.items()}
+            for way, milliseconds in medians.items():
+                over = milliseconds - medians["library"]
+                yield {
+                    "benchmark": "service_overhead",
+                    "way": way,
+                    "batch": batch,
+                    "vectors": database.size,
+                    "milliseconds": round(milliseconds, 3),
+                    "overhead_ms": round(over, 3),
+                    "overhead_percent": round(100 * over / medians["library"], 1),
+                }
+
+
+def _asking(stack: contextlib.ExitStack, address: str) -> Callable[[np.ndarray], Any]:
+    client = stack.enter_context(RetrievalClient(address))
+    client.wait_until_ready(60)
+    return lambda vectors: client.search(vectors, K)
+
+
+@contextlib.contextmanager
+def _serving(*flags: str) -> Iterator[str]:
+    """A server process; gives its address when it is ready."""
+    command = [sys.executable, str(_PROGRAM), "--port=0", "--recall_seconds=0", "--reload_seconds=0", *flags]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        address = ""
+        for line in process.stderr:
+            if not line.startswith("{"):
+                raise RuntimeError(line.strip())
+            event = json.loads(line)
+            address = event.get("address", address)
+            if event["event"] == "ready":
+                break
+        yield address
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+def main(arguments: Sequence[str]) -> None:
+    directory, embeddings = map(Path, arguments)
+    for line in measure(directory, EmbeddingSet(embeddings)):
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
