@@ -90,9 +90,10 @@ def _end_with_worker(failure: threading.ExceptHookArgs) -> None:
     """The thread in which Beam waits for a worker process raises when that process fails."""
     threading.__excepthook__(failure)
     sys.stderr.flush()
-    status = re.search(r"return code (-?\d+)", str(failure.exc_value))
-    killed = status is not None and not 0 <= int(status[1]) < 128  # by a signal, as Popen or as a shell says it
-    os._exit(_LOST_WORKER if killed else 1)
+    status = re.search(r"Worker subprocess exited with return code (-?\d+)", str(failure.exc_value))
+    if status is not None:  # else a thread that read from the worker, perhaps: the one that waits for it follows
+        killed = not 0 <= int(status[1]) < 128  # by a signal, as Popen or as a shell says it
+        os._exit(_LOST_WORKER if killed else 1)
 
 
 def _kill_group(process: int) -> None:
