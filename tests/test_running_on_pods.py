@@ -90,8 +90,9 @@ def test_every_script_and_every_flag_of_training_is_on_the_page():
     for path in (ROOT / "launch").iterdir():
         if path.suffix in (".sh", ".sbatch") and path.name not in ("lib.sh", "tpu_workers.sh", "worker.sh"):
             assert f"`launch/{path.name}`" in PAGE
-    program = (ROOT / "launch" / "train.py").read_text() + (ROOT / "retro_jax" / "program.py").read_text()
-    flags = set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', program))
+    shared = (ROOT / "retro_jax" / "program.py").read_text()
+    shared = shared[shared.index("def define_cluster_flags") : shared.index("def start_cluster")]
+    flags = set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', (ROOT / "launch" / "train.py").read_text() + shared))
     assert {"config", "workdir", "coordinator"} <= flags
     table = PAGE[PAGE.index("Flags of `launch/train.py`") : PAGE.index("## 3.")]
     assert {flag for flag in flags if f"--{flag}" not in table} == set()

@@ -113,8 +113,9 @@ def _host_bounds(topology: Topology) -> tuple[int, int, int]:
 
 
 def _cpu_devices(topology: Topology) -> list[jax.Device]:
-    with contextlib.suppress(RuntimeError):  # JAX has started: take what there is
-        jax.config.update("jax_num_cpu_devices", topology.chips)
+    if jax.config.jax_num_cpu_devices < topology.chips:
+        with contextlib.suppress(RuntimeError):  # JAX has started: take what there is
+            jax.config.update("jax_num_cpu_devices", topology.chips)
     devices = jax.devices("cpu")
     if len(devices) < topology.chips:
         raise UserError(f"topology {topology.name!r}: JAX has started with {len(devices)} CPU devices")
