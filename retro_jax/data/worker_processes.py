@@ -22,6 +22,7 @@ from retro_jax.data.distribute import WorkersError, build_pipeline, quiet_beam
 
 _LOST_WORKER = 75
 _LOG_TAIL = 4000
+_SECONDS_FOR_THE_REASON = 5
 
 
 def run(messages: Sequence[str], workers: int, note: Path) -> None:
@@ -77,8 +78,13 @@ def main() -> None:
     threading.Thread(target=_end_with_input, daemon=True).start()
     threading.excepthook = _end_with_worker
     options = [f"--direct_num_workers={description['workers']}", "--direct_running_mode=multi_processing"]
-    with quiet_beam():
-        build_pipeline(FnApiRunner(), PipelineOptions(options), description["messages"]).run()
+    try:
+        with quiet_beam():
+            build_pipeline(FnApiRunner(), PipelineOptions(options), description["messages"]).run()
+    except Exception:
+        # A worker that is lost breaks the pipeline here as well; the thread that waits for it knows, and ends this.
+        threading.Event().wait(_SECONDS_FOR_THE_REASON)
+        raise
 
 
 def _end_with_input() -> None:

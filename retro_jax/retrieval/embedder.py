@@ -255,10 +255,12 @@ def embed_corpus(corpus: Any, embedder: Embedder, directory: str | os.PathLike) 
     inputs = {"corpus": corpus.fingerprint, "tokenizer": corpus.tokenizer_fingerprint}
     with Stage(directory, "embeddings", settings=settings, inputs=inputs) as stage:
         if not hosts.agree(int(stage.complete), "embeddings complete"):
-            _embed_shards(corpus, embedder, ShardWriter(directory), shards)
-            while not all(is_finished(directory, name) for name, _, _ in shards):
-                time.sleep(_SECONDS_BETWEEN_LOOKS)  # a process that is lost ends this one
-            stage.reload()
+            try:
+                _embed_shards(corpus, embedder, ShardWriter(directory), shards)
+                while not all(is_finished(directory, name) for name, _, _ in shards):
+                    time.sleep(_SECONDS_BETWEEN_LOOKS)  # a process that is lost ends this one
+            finally:
+                stage.reload()  # what is finished stays when the stage is left
             names = [name for name, _, _ in shards]
             totals = {key: sum(stage.counts(name)[key] for name in names) for key in ("chunks", "empty", "cut")}
             stage.finish(totals)

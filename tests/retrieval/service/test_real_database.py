@@ -120,7 +120,7 @@ def test_a_shard_server_needs_neither_tensorflow_nor_jax(served):
 def test_a_removed_document_is_found_no_more_and_nobody_notices_the_change(database, served, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(database, copy)
-    server = program(f"--database={copy}", "--reload_seconds=0.1", "--keep_seconds=0")
+    server = program(f"--database={copy}", "--reload_seconds=0.1", "--keep_seconds=5")
     with running(server):
         wait_ready(server)
         opened = Database.open(copy)
