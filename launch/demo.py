@@ -20,6 +20,7 @@ from retro_jax import program
 from retro_jax.data.stage import atomic_write, write_json
 from retro_jax.errors import UserError
 from retro_jax.evaluation.report import render
+from retro_jax.parallel.topology import WITHOUT_TPU
 from retro_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -148,6 +149,8 @@ class Demo:
         self._path = work / STAGES
         # Several steps run the same model: what one has compiled, the next one finds.
         self._environment = {"JAX_COMPILATION_CACHE_DIR": str((work / "compiled").absolute()), **os.environ}
+        if not (list(Path("/dev").glob("accel*")) or Path("/dev/vfio").exists()):  # as TPUs show themselves
+            self._environment = {**WITHOUT_TPU, **self._environment}
         records = json.loads(self._path.read_text(encoding="utf-8")) if self._path.is_file() else []
         self._records: dict[str, dict] = {record["stage"]: record for record in records}
 

@@ -26,17 +26,9 @@ from retro_jax import program
 from retro_jax.config import TrainConfig, from_config_dict
 from retro_jax.errors import UserError
 from retro_jax.parallel.costs import Collective
-from retro_jax.parallel.topology import Topology, parse_topology
+from retro_jax.parallel.topology import WITHOUT_TPU, Topology, parse_topology
 from retro_jax.training.forecast import Forecast, forecast, remedies
 
-# For libtpu, which here only compiles: several processes may load it at once, and it shall not ask the cloud, nor
-# complain, about the machine that it runs on.
-COMPILE_ONLY = {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v4-8",
-}
 DEFAULT_LENGTH = 2048
 SECONDS_BETWEEN_LINES = 15.0
 
@@ -57,7 +49,7 @@ flags.mark_flags_as_required(["config", "topology"])
 
 
 def main() -> None:
-    os.environ.update(COMPILE_ONLY)
+    os.environ.update(WITHOUT_TPU)
     jax.config.update("jax_platforms", "cpu")
     topology = parse_topology(_TOPOLOGY.value)
     config = from_config_dict(TrainConfig, program.loaded(_CONFIG.value))

@@ -16,6 +16,15 @@ from jax.experimental import topologies
 from retro_jax.errors import UserError
 from retro_jax.parallel.chips import CHIPS, Chip
 
+# Environment for libtpu where there is no TPU: several processes may load it at once, and it shall not ask the cloud
+# about the machine that it runs on, nor complain of it at length.
+WITHOUT_TPU = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v4-8",
+}
+
 KNOWN = "v4:8x8x8, v5p:4x4x8 (chips along three axes), v5e:16x16, v6e:16x16 (two axes), 2xv5e:16x16 (two slices), cpu:8"
 
 
