@@ -9,7 +9,7 @@ python launch/sample.py --workdir=runs/retro --database=database --embedder=mini
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
@@ -21,15 +21,16 @@ from retro_jax.inference.neighbours import ON_FAILURE, RetrievedChunk
 from retro_jax.inference.sampling import Request, Sampler
 from retro_jax.inference.scoring import Scorer
 from retro_jax.inference.text import TextStream
+from retro_jax.retrieval.service.access import Service
 from retro_jax.training.trained import TrainedRun, load_trained
+
+if TYPE_CHECKING:
+    from retro_jax.retrieval.service.client import RetrievalClient
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Trained run.")
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue, or to score.")
 _DATABASE = flags.DEFINE_string("database", None, "Retrieval database; without one the model runs OFF.")
 _EMBEDDER = flags.DEFINE_string("embedder", None, "Directory (or hub id) of the database's embedder.")
-_SERVICE = flags.DEFINE_string("service", None, "HOST:PORT of a retrieval service, in place of database and embedder.")
-_SERVICE_CA = flags.DEFINE_string("service_ca", None, "PEM file of the authorities that vouch for the service.")
-_SERVICE_TOKEN = flags.DEFINE_string("service_token_file", None, "File with the bearer token of the service.")
 _NEIGHBOURS = flags.DEFINE_string(
     "neighbours", None, 'JSON file of neighbours of your own, {"1": ["text", …], …}; chunks are counted from 1.'
 )
@@ -54,6 +55,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Seed of the draws.", lower_bound=0)
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to sample from; the newest by default.")
 _SCORE = flags.DEFINE_bool("score", False, "Give the log-probability of each token of --prompt, and generate nothing.")
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file for what is printed.")
+program.define_service_flags(seconds=30)
 flags.mark_flags_as_required(["workdir", "prompt"])
 
 
@@ -65,7 +67,7 @@ def main() -> None:
         raise UserError("--prompt is not valid UTF-8") from None
     run = load_trained(_WORKDIR.value, step=_STEP.value)
     given = _given(run)
-    database = _open_service(run) if _SERVICE.value else _open_database(run)
+    database = _open_service(run, service) if (service := program.service()) else _open_database(run)
     source = {
         "retriever": database,
         "neighbours": _K.value or run.config.data.neighbours,
@@ -149,18 +151,13 @@ def _score(run: TrainedRun, database, source: dict[str, Any], given: dict) -> di
     return {"tokens": pieces, "log_probabilities": scores, **_show(retrieved, database, run)}
 
 
-def _open_service(run):
+def _open_service(run: TrainedRun, service: Service) -> "RetrievalClient":
     if _DATABASE.value or _EMBEDDER.value:
         raise UserError("--service goes without --database and --embedder: the service has them")
-    from retro_jax.retrieval.service.client import RetrievalClient
-    from retro_jax.retrieval.service.security import ClientSecurity, read_tokens
-
-    ca = Path(_SERVICE_CA.value) if _SERVICE_CA.value else None
-    token = read_tokens(_SERVICE_TOKEN.value)[0] if _SERVICE_TOKEN.value else None
-    client = RetrievalClient(_SERVICE.value, security=ClientSecurity(ca, token=token))
+    client = service.connect()
     if not client.description.embeds:
-        raise UserError(f"{_SERVICE.value} cannot embed what was generated: start it with --embedder")
-    run.check_tokenizer(client.description.tokenizer, _SERVICE.value)
+        raise UserError(f"{service.addresses} cannot embed what was generated: start it with --embedder")
+    run.check_tokenizer(client.description.tokenizer, service.addresses)
     return client
 
 
@@ -217,7 +214,7 @@ def _show(chunks: list[RetrievedChunk], database, run: TrainedRun) -> dict[str, 
 def _describe(chunk: RetrievedChunk, database, run: TrainedRun) -> list[dict[str, Any]]:
     length, pad = run.config.model.chunk_length, run.config.model.pad_id
     entries = []
-    documents = _documents(database, chunk.ids)
+    documents = [("", "")] * len(chunk.ids) if database is None else database.documents(chunk.ids)
     for rank, (chunk_id, distance, tokens, (document, title)) in enumerate(
         zip(chunk.ids, chunk.distances, chunk.tokens, documents, strict=True), start=1
     ):
@@ -236,17 +233,6 @@ def _describe(chunk: RetrievedChunk, database, run: TrainedRun) -> list[dict[str
             }
         )
     return entries
-
-
-def _documents(database, ids) -> list[tuple[str, str]]:
-    """(id, title) of the document of each chunk."""
-    if database is None:
-        return [("", "")] * len(ids)
-    if _SERVICE.value:
-        return database.documents(ids)
-    corpus = database.corpus
-    records = [corpus.document(int(corpus.document_index(chunk))) if chunk >= 0 else None for chunk in ids]
-    return [("", "") if record is None else (record.id, record.metadata.get("title", "")) for record in records]
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from retro_jax.errors import TemporaryError, UserError
 
 if TYPE_CHECKING:
     from retro_jax.data.distribute import BeamOptions
+    from retro_jax.retrieval.service.access import Service
 
 
 def run(main: Callable[..., None], *, positional: bool = False) -> None:
@@ -140,6 +141,33 @@ def beam_options() -> "BeamOptions":
     values = flags.FLAGS
     options = tuple(part for text in values.beam_options for part in shlex.split(text))
     return BeamOptions(values.runner, values.workers, options)
+
+
+def define_service_flags(seconds: float) -> None:
+    """Defines the flags that say where a retrieval service is; read by `service`. `seconds`: deadline by default."""
+    flags.DEFINE_string("service", None, "HOST:PORT of a retrieval service to ask instead; several with commas")
+    flags.DEFINE_string("service_ca", None, "PEM file of the authorities that vouch for the service")
+    flags.DEFINE_string("service_certificate", None, "PEM file to show to the service")
+    flags.DEFINE_string("service_key", None, "PEM file of its private key")
+    flags.DEFINE_string("service_token_file", None, "file with the bearer token of the service")
+    flags.DEFINE_float("service_seconds", seconds, "deadline of one call to the service", lower_bound=0.001)
+
+
+def service() -> "Service | None":
+    """What the flags of `define_service_flags` say; None when they name no service."""
+    from retro_jax.retrieval.service.access import Service
+
+    values = flags.FLAGS
+    if values.service is None:
+        return None
+    return Service(
+        values.service,
+        values.service_ca,
+        values.service_certificate,
+        values.service_key,
+        values.service_token_file,
+        values.service_seconds,
+    )
 
 
 def _cluster() -> ModuleType | None:

@@ -14,33 +14,24 @@ from absl import flags
 
 from retro_jax.data.corpus import Corpus
 from retro_jax.errors import UserError
-from retro_jax.program import beam_options, define_beam_flags, run
+from retro_jax.program import beam_options, define_beam_flags, define_service_flags, run, service
 from retro_jax.retrieval.embedder import EmbeddingSet
-from retro_jax.retrieval.neighbours import FILTERS, Service, find_neighbours
+from retro_jax.retrieval.neighbours import FILTERS, find_neighbours
 
 _CORPUS = flags.DEFINE_string("corpus", None, "corpus directory of the queries", required=True)
 _EMBEDDINGS = flags.DEFINE_string("embeddings", None, "its embeddings; default: the database's own")
 _DATABASE = flags.DEFINE_string("database", None, "directory with corpus/, embeddings/ and index/")
-_SERVICE = flags.DEFINE_string("service", None, "HOST:PORT of a retrieval service to ask instead; several with commas")
-_SERVICE_CA = flags.DEFINE_string("service_ca", None, "PEM file of the authorities that vouch for the service")
-_SERVICE_CERTIFICATE = flags.DEFINE_string("service_certificate", None, "PEM file to show to the service")
-_SERVICE_KEY = flags.DEFINE_string("service_key", None, "PEM file of its private key")
-_SERVICE_TOKEN = flags.DEFINE_string("service_token_file", None, "file with the bearer token of the service")
 _OUTPUT = flags.DEFINE_string("output", None, "neighbours directory to write", required=True)
 _K = flags.DEFINE_integer("k", 16, "neighbours kept of each chunk; keep more than training uses")
 _FILTER = flags.DEFINE_enum("filter", "document", FILTERS, "hits to drop")
 _DEDUPLICATE = flags.DEFINE_bool("deduplicate", False, "drop neighbours whose text is that of a nearer one")
 define_beam_flags()
+define_service_flags(seconds=120)
 
 
 def main() -> None:
-    if _DATABASE.value is None and (_SERVICE.value is None or _EMBEDDINGS.value is None):
+    if _DATABASE.value is None and (service() is None or _EMBEDDINGS.value is None):
         raise UserError("give --database, or --service with --embeddings")
-    service = None
-    if _SERVICE.value is not None:
-        service = Service(
-            _SERVICE.value, _SERVICE_CA.value, _SERVICE_CERTIFICATE.value, _SERVICE_KEY.value, _SERVICE_TOKEN.value
-        )
     manifest = find_neighbours(
         Corpus(_CORPUS.value),
         _DATABASE.value,
@@ -49,7 +40,7 @@ def main() -> None:
         filter=_FILTER.value,
         deduplicate=_DEDUPLICATE.value,
         embeddings=None if _EMBEDDINGS.value is None else EmbeddingSet(_EMBEDDINGS.value),
-        service=service,
+        service=service(),
         options=beam_options(),
     )
     counts = manifest.counts

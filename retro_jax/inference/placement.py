@@ -3,8 +3,18 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from retro_jax.errors import UserError
+
 # Fewer slots than so many chunks are not worth a compiled program of their own.
 _FEWEST_CHUNKS = 8
+
+
+def check_context(max_context: int, chunk_length: int) -> None:
+    """Raises UserError when a context of so many tokens is not of several whole chunks."""
+    if max_context % chunk_length or max_context <= chunk_length:
+        raise UserError(
+            f"max_context {max_context} must be a multiple of the chunk length {chunk_length}, and above it"
+        )
 
 
 class Placement(NamedTuple):

@@ -18,7 +18,7 @@ from retro_jax.errors import UserError
 from retro_jax.inference.decoding import Choice, Decoding
 from retro_jax.inference.generation import Programs, Rows
 from retro_jax.inference.neighbours import Given, Neighbours, RetrievedChunk, Retriever, Source, Wanted
-from retro_jax.inference.placement import count_rows, count_slots, place
+from retro_jax.inference.placement import check_context, count_rows, count_slots, place
 from retro_jax.training.state import ModelPlan
 
 __all__ = ["Neighbours", "Request", "RetrievedChunk", "Retriever", "SampledToken", "Sampler"]
@@ -84,8 +84,7 @@ class Sampler:
         length = config.chunk_length
         if retriever is not None and config.is_baseline:
             raise UserError("this model is a baseline without chunked cross-attention; sample it without a database")
-        if max_context % length or max_context <= length:
-            raise UserError(f"max_context {max_context} must be a multiple of the chunk length {length}, and above it")
+        check_context(max_context, length)
         if retrieval_step is not None and not 1 <= retrieval_step <= length:
             raise UserError(f"retrieval_step {retrieval_step} must be between 1 and the chunk length {length}")
         self._config = config

@@ -14,7 +14,7 @@ from retro_jax.data.tokenizer import BOS_ID, PAD_ID
 from retro_jax.errors import UserError
 from retro_jax.evaluation.windows import document_windows
 from retro_jax.inference.neighbours import Given, RetrievedChunk, Retriever, Source, Wanted
-from retro_jax.inference.placement import count_slots
+from retro_jax.inference.placement import check_context, count_slots
 from retro_jax.parallel import rules
 from retro_jax.training.loss import token_nats
 from retro_jax.training.state import ModelPlan
@@ -51,10 +51,7 @@ class Scorer:
         on_retrieval_failure: str = "error",
     ) -> None:
         """Arguments as of `retro_jax.inference.sampling.Sampler`."""
-        if max_context % config.chunk_length or max_context <= config.chunk_length:
-            raise UserError(
-                f"max_context {max_context} must be a multiple of the chunk length {config.chunk_length}, and above it"
-            )
+        check_context(max_context, config.chunk_length)
         self._config = config
         self._params = params
         self._retriever = retriever

@@ -254,7 +254,7 @@ class Attention(nnx.Module):
         Returns:
           [B..., X, I, D]; exactly 0 for a query that may see no key.
         """
-        query = self.heads(x, self.query)
+        query = checkpoint_name(self.heads(x, self.query), "query")
         key = checkpoint_name(self.heads(source, self.key), "key")
         value = checkpoint_name(self.heads(source, self.value), "value")
         if where.rotations is not None:
@@ -262,9 +262,8 @@ class Attention(nnx.Module):
             content, position, relative = rotate(query * self.scale, rotate_query), None, None
             key = rotate(key, rotate_key)
         elif where.sinusoids is None:
-            content, position, relative = checkpoint_name(query, "query") * self.scale, None, None
+            content, position, relative = query * self.scale, None, None
         else:
-            query = checkpoint_name(query, "query")
             content = self.biased(query, self.content_bias)
             position = self.biased(query, self.position_bias)
             relative = checkpoint_name(self.heads(where.sinusoids.astype(self.compute), self.relative), "relative")

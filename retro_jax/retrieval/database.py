@@ -181,6 +181,12 @@ class Database:
         """Texts of chunk ids [n]; empty for -1."""
         return ["" if chunk < 0 else self.corpus.text(chunk) for chunk in np.asarray(ids).reshape(-1).tolist()]
 
+    def documents(self, ids: np.ndarray) -> list[tuple[str, str]]:
+        """(id, title) of the document of each chunk id [n]; empty strings for -1 and for no title."""
+        corpus = self.corpus
+        records = [corpus.document(index) if index >= 0 else None for index in corpus.document_index(ids).tolist()]
+        return [("", "") if record is None else (record.id, record.metadata.get("title", "")) for record in records]
+
     def describe(self) -> dict[str, Any]:
         """What it is, JSON-serialisable: fingerprints, sizes, shards, the embedder's settings, measured recall."""
         corpus, base = self.corpus, self.indexes[0].manifest

@@ -17,6 +17,7 @@ from retro_jax.data.arrays import ArrayWriter
 from retro_jax.data.distribute import BeamOptions, Unit, distribute
 from retro_jax.data.stage import Manifest, ShardWriter, Stage, load_manifest, shard_name, verify_checksums
 from retro_jax.errors import UserError
+from retro_jax.retrieval.service.access import Service
 
 if TYPE_CHECKING:
     from retro_jax.data.corpus import Corpus
@@ -44,26 +45,6 @@ class Searcher(Protocol):
 
     def neighbour_tokens(self, ids: np.ndarray) -> np.ndarray:
         """int32 [..., 2M]: chunks [...] and their continuations."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Service:
-    """A retrieval service to search in, instead of a database in this process.
-
-    Attributes:
-      addresses: "host:port" of its fronts, with commas.
-      ca: PEM file of the authorities that vouch for them; None is plaintext.
-      certificate, key: PEM files shown to a server that asks for them.
-      token_file: a bearer token is the first line of it.
-      seconds: deadline of one call.
-    """
-
-    addresses: str
-    ca: str | None = None
-    certificate: str | None = None
-    key: str | None = None
-    token_file: str | None = None
-    seconds: float = 120.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,16 +246,7 @@ def _searcher(described: str) -> Any:
         from retro_jax.retrieval.database import Database
 
         return Database.open(asked["database"])
-    from retro_jax.retrieval.service.client import RetrievalClient
-    from retro_jax.retrieval.service.security import ClientSecurity, Identity, read_tokens
-
-    service = Service(**asked["service"])
-    security = ClientSecurity(
-        service.ca and Path(service.ca),
-        Identity(Path(service.certificate), Path(service.key)) if service.certificate and service.key else None,
-        read_tokens(service.token_file)[0] if service.token_file else None,
-    )
-    return RetrievalClient(service.addresses, security=security, seconds=service.seconds)
+    return Service(**asked["service"]).connect()
 
 
 def _searched(asked: dict[str, Any]) -> _Searched:

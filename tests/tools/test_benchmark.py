@@ -15,7 +15,7 @@ from retro_jax.errors import UserError
 from retro_jax.training.flops import hardware_flops, step_flops
 
 sys.path.insert(0, str(ROOT / "tools"))
-from benchmarks import children, measure, retro_pytorch, train
+from benchmarks import children, environments, measure, retro_pytorch, train
 
 SMALL = ("--preset=demo", "--batch_size=2", "--length=128", "--steps=2", "--warmup=1")
 
@@ -117,7 +117,7 @@ def test_a_model_that_the_peer_cannot_be_is_refused_before_anything_is_installed
 
 
 def test_the_peer_is_installed_without_its_dependencies(tmp_path: Path):
-    create, install = retro_pytorch.install_commands(tmp_path, "torch==1.2.3")
+    create, install = environments.install_commands(tmp_path, ("torch==1.2.3", *retro_pytorch.PACKAGES))
     assert create[1:3] == ["-m", "venv"] and create[-1] == str(tmp_path)
     assert install[1:5] == ["-m", "pip", "--python", str(tmp_path / "bin" / "python")]
     assert "--no-deps" in install and "torch==1.2.3" in install

@@ -62,7 +62,7 @@ def test_what_cannot_be_measured_is_said(tmp_path):
         next(retrieval.search_lines(unit(100), [2000]))
     with pytest.raises(UserError, match="no such program"):
         retrieval.environment(str(tmp_path / "python"))
-    with pytest.raises(UserError, match="lacks what the peers need"):
+    with pytest.raises(UserError, match="lacks what the peer needs"):
         retrieval.environment(sys.executable)
 
 

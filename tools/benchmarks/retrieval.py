@@ -8,9 +8,7 @@ the index.
 """
 
 import math
-import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -19,12 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import children, search_measure
+from benchmarks import children, environments, search_measure
 from retro_jax.errors import UserError
 from retro_jax.retrieval.exact import exact_search
 
-CACHE = Path(__file__).resolve().parents[2] / ".cache" / "peers"
-HOME = CACHE / "search"
+HOME = environments.CACHE / "search"
 PACKAGES = ("numpy==2.4.6", "faiss-cpu==1.15.1", "hnswlib==0.8.0", "packaging==26.3")
 IMPORTS = "import faiss, hnswlib, numpy"
 PEERS = ("faiss_fast_scan", "faiss_fast_scan_fine", "faiss_flat_lists", "faiss_hnsw", "hnswlib", "faiss_exact")
@@ -52,37 +49,9 @@ _LEAVES_SHARE = (
 
 
 def environment(python: str | None, home: Path = HOME) -> str:
-    """The interpreter that has FAISS and hnswlib; made on first use.
-
-    Args:
-      python: one that has them already; None makes an environment.
-      home: where it is made.
-
-    Raises:
-      UserError: they are not there, or cannot be installed.
-    """
-    if python is not None:
-        if shutil.which(python) is None:
-            raise UserError(f"{python}: no such program")
-        found = subprocess.run([python, "-c", IMPORTS], capture_output=True, text=True, check=False)
-        if found.returncode:
-            raise UserError(f"{python} lacks what the peers need: {(found.stderr.splitlines() or ['no faiss'])[-1]}")
-        return python
-    inside, ready = home / "bin" / "python", home / "ready"
-    if not (ready.is_file() and ready.read_text() == "\n".join(PACKAGES)):
-        shutil.rmtree(home, ignore_errors=True)
-        pip = [sys.executable, "-m", "pip", "--python", str(inside), "--disable-pip-version-check"]
-        for command in (
-            [sys.executable, "-m", "venv", "--without-pip", str(home)],
-            # Without dependencies, of which there are none; hnswlib is compiled here.
-            [*pip, "install", "--quiet", "--no-deps", *PACKAGES],
-        ):
-            result = subprocess.run(command, capture_output=True, text=True, check=False)
-            if result.returncode:
-                lines = [line for line in (result.stderr + result.stdout).splitlines() if line.strip()]
-                raise UserError(f"the peers cannot be installed: {lines[-1] if lines else result.returncode}")
-        ready.write_text("\n".join(PACKAGES))
-    return str(inside)
+    """The interpreter that has FAISS and hnswlib, as of `environments.environment`."""
+    needs = "a package index and a C++ compiler (hnswlib is compiled), or --peer_python, an interpreter that has both"
+    return environments.environment("FAISS with hnswlib", python, home, PACKAGES, IMPORTS, needs)
 
 
 def search_lines(

@@ -2,23 +2,21 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks import environments
 from retro_jax.config import TrainConfig
 from retro_jax.errors import UserError
 
 MODULE = "benchmarks.retro_pytorch_step"
-CACHE = Path(__file__).resolve().parents[2] / ".cache" / "peers"
-HOME = CACHE / "retro-pytorch"
+HOME = environments.CACHE / "retro-pytorch"
 # What the compiler makes is kept, so that only the first of several rounds waits for it.
-ENVIRONMENT = {"TORCHINDUCTOR_CACHE_DIR": str(CACHE / "inductor")}
+ENVIRONMENT = {"TORCHINDUCTOR_CACHE_DIR": str(environments.CACHE / "inductor")}
 
 TORCH = "torch==2.13.0+cpu"
 # Without dependencies: retro-pytorch's end in an ImportError, and those of torch are gigabytes for GPUs.
-_PACKAGES = (
+PACKAGES = (
     "retro-pytorch==0.3.9",
     "einops==0.8.2",
     "numpy==2.4.6",
@@ -35,41 +33,12 @@ IMPORTS = "import torch, einops, numpy, importlib.util as u, sys; sys.exit(not u
 
 
 def environment(python: str | None, torch: str = TORCH, home: Path = HOME) -> str:
-    """The interpreter that has torch and retro-pytorch; made on first use.
-
-    Args:
-      python: one that has them already; None makes an environment.
-      torch: what is installed as torch.
-      home: where it is made.
-
-    Raises:
-      UserError: they are not there, or cannot be installed.
-    """
-    if python is not None:
-        if shutil.which(python) is None:
-            raise UserError(f"--peer_python={python}: no such program")
-        found = subprocess.run([python, "-c", IMPORTS], capture_output=True, text=True, check=False)
-        if found.returncode:
-            reason = (found.stderr.splitlines() or ["no retro_pytorch"])[-1]
-            raise UserError(f"--peer_python={python} lacks what the peer needs: {reason}")
-        return python
-    inside, ready = home / "bin" / "python", home / "ready"
-    wanted = "\n".join((torch, *_PACKAGES))
-    if not (ready.is_file() and ready.read_text() == wanted):
-        shutil.rmtree(home, ignore_errors=True)
-        for command in install_commands(home, torch):
-            _install(command, torch)
-        ready.write_text(wanted)
-    return str(inside)
-
-
-def install_commands(home: Path, torch: str) -> list[list[str]]:
-    """What makes the environment, command by command."""
-    pip = [sys.executable, "-m", "pip", "--python", str(home / "bin" / "python"), "--disable-pip-version-check"]
-    return [
-        [sys.executable, "-m", "venv", "--without-pip", str(home)],
-        [*pip, "install", "--quiet", "--no-deps", torch, *_PACKAGES],
-    ]
+    """The interpreter that has retro-pytorch and, as its torch, `torch`; as of `environments.environment`."""
+    needs = (
+        f"{torch} from a package index with CPU builds (pip's extra-index-url, or --peer_torch for another "
+        "version), or --peer_python, an interpreter that has torch, einops and retro-pytorch"
+    )
+    return environments.environment("retro-pytorch", python, home, (torch, *PACKAGES), IMPORTS, needs)
 
 
 def job(config: TrainConfig, *, compiled: bool) -> dict[str, Any]:
@@ -114,14 +83,3 @@ def compiler_missing() -> str | None:
     if any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
         return None
     return "torch.compile needs a C++ compiler (g++), and none is on the PATH"
-
-
-def _install(command: list[str], torch: str) -> None:
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode:
-        lines = [line for line in (result.stderr + result.stdout).splitlines() if line.strip()]
-        raise UserError(
-            f"the peer retro-pytorch cannot be installed: {lines[-1] if lines else result.returncode}. It needs "
-            f"{torch} from a package index with CPU builds (pip's extra-index-url, or --peer_torch for another "
-            "version), or --peer_python, an interpreter that has torch, einops and retro-pytorch"
-        )

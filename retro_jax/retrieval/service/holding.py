@@ -87,9 +87,7 @@ class DatabaseHolding:
         return self._database.neighbour_tokens(ids)
 
     def documents(self, ids: np.ndarray) -> list[tuple[str, str]]:
-        corpus = self._database.corpus
-        records = [None if i < 0 else corpus.document(int(corpus.document_index(i))) for i in ids]
-        return [("", "") if record is None else (record.id, record.metadata.get("title", "")) for record in records]
+        return self._database.documents(ids)
 
     def recall(self) -> float:
         from retro_jax.retrieval.service.self_check import recall

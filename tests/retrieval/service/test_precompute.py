@@ -15,7 +15,8 @@ from retro_jax.data.distribute import BeamOptions
 from retro_jax.errors import UserError
 from retro_jax.retrieval.embedder import EmbeddingSet, embed_corpus
 from retro_jax.retrieval.index_build import build_index
-from retro_jax.retrieval.neighbours import NeighbourTable, Service, find_neighbours
+from retro_jax.retrieval.neighbours import NeighbourTable, find_neighbours
+from retro_jax.retrieval.service.access import Service
 from retro_jax.retrieval.service.client import RetrievalClient
 
 WORDS = re.findall(r"\S+", "the cat of a house and 3 birds sing in the tree while it rains, he said; nobody came.")
