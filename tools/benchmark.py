@@ -47,6 +47,8 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Sequences of a step; def
 _K = flags.DEFINE_integer("k", None, "Neighbours of a chunk; default 2.", lower_bound=1)
 _DTYPE = flags.DEFINE_list("dtype", ["float32"], "Compute dtypes of `train`, one after the other.")
 _REMAT = flags.DEFINE_string("remat", None, "What the backward pass computes again; default the preset's.")
+_SCAN_LAYERS = flags.DEFINE_bool("scan_layers", None, "Equal layers as a loop, or written out; default the preset's.")
+_VOCAB_BLOCK = flags.DEFINE_integer("vocab_block", None, "Logits at once; 0 for all; default the configuration's.")
 _POSITIONS = flags.DEFINE_string("positions", None, "transformer_xl or rope; default the preset's.")
 _MICROBATCHES = flags.DEFINE_integer("microbatches", 1, "Parts that a batch is computed in.", lower_bound=1)
 _MESH = flags.DEFINE_string("mesh", "", "Devices along the mesh's axes, as data=2,fsdp=1.")
@@ -170,7 +172,7 @@ def _read(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _config(dtype: str) -> TrainConfig:
-    changes = {"remat": _REMAT.value, "positions": _POSITIONS.value}
+    changes = {"remat": _REMAT.value, "positions": _POSITIONS.value, "scan_layers": _SCAN_LAYERS.value}
     model = train.model_of(
         _value("preset"),
         _value("vocab_size"),
@@ -186,6 +188,7 @@ def _config(dtype: str) -> TrainConfig:
         mesh=train.parse_mesh(_MESH.value),
         batch_size=_value("batch_size"),
         microbatches=_MICROBATCHES.value,
+        vocab_block=TrainConfig.vocab_block if _VOCAB_BLOCK.value is None else _VOCAB_BLOCK.value,
     )
 
 

@@ -1,6 +1,7 @@
 """One optimizer step, jitted, with the state donated."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,12 +74,16 @@ def make_train_step(
         count = jnp.maximum(count, 1.0)
         loss, gradients = total / count, jax.tree.map(lambda gradient: gradient / count, gradients)
         norm = optax.global_norm(gradients)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
         bad, health = judge(state.health, loss, norm, config.stability)
-        params, opt_state = jax.tree.map(
-            lambda old, new: jnp.where(bad, old, new), (state.params, state.opt_state), (params, opt_state)
-        )
+
+        def update(gradients: nnx.State, opt_state: Any, params: nnx.State) -> tuple[nnx.State, Any]:
+            updates, opt_state = optimizer.update(gradients, opt_state, params)
+            return optax.apply_updates(params, updates), opt_state
+
+        def keep(gradients: nnx.State, opt_state: Any, params: nnx.State) -> tuple[nnx.State, Any]:
+            return params, opt_state
+
+        params, opt_state = jax.lax.cond(bad, keep, update, gradients, state.opt_state, state.params)
         metrics = {
             "loss": loss,
             "tokens": count,
