@@ -13,6 +13,7 @@ from retro_jax.config import TrainConfig
 from retro_jax.parallel import rules
 from retro_jax.training.health import judge
 from retro_jax.training.loss import label_weights, token_nats
+from retro_jax.training.optimizer import clip_factor
 from retro_jax.training.state import ModelPlan, TrainState, plan_state
 
 Batch = dict[str, jax.Array]
@@ -72,11 +73,13 @@ def make_train_step(
             none = jax.lax.with_sharding_constraint(jax.tree.map(jnp.zeros_like, state.params), shardings)
             (total, count, gradients), _ = jax.lax.scan(add, (zero, zero, none), parts)
         count = jnp.maximum(count, 1.0)
-        loss, gradients = total / count, jax.tree.map(lambda gradient: gradient / count, gradients)
-        norm = optax.global_norm(gradients)
+        loss, norm = total / count, optax.global_norm(gradients) / count
         bad, health = judge(state.health, loss, norm, config.stability)
+        factor = clip_factor(config.optimizer, norm) / count
 
+        # A branch, and not a choice number by number, for which XLA would keep parameters and moments twice.
         def update(gradients: nnx.State, opt_state: Any, params: nnx.State) -> tuple[nnx.State, Any]:
+            gradients = jax.tree.map(lambda gradient: gradient * factor, gradients)
             updates, opt_state = optimizer.update(gradients, opt_state, params)
             return optax.apply_updates(params, updates), opt_state
 
