@@ -130,6 +130,7 @@ class Sampling:
                 print(f"\nsample {number}\n{prompt}{sample['continuation']}", end="")
             print()
             _show(sample)
+        sys.stdout.flush()
         return {"prompt": prompt, **samples[0], "samples": samples}
 
     def ask(self, questions: Sequence[dict[str, Any]]) -> dict[str, Any]:
