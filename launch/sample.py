@@ -226,11 +226,11 @@ def _read_prompts() -> list[dict[str, Any]]:
     for number, line in enumerate(Path(_PROMPTS.value).read_bytes().splitlines(), start=1):
         try:
             question = json.loads(line)
-            fits = isinstance(question["prompt"], str) and isinstance(question.get("answer", ""), str)
+            for text in (question["prompt"], question.get("answer", "")):
+                text.encode()  # a string, and valid
         except (ValueError, KeyError, TypeError, AttributeError):
-            fits = False
-        if not fits:
-            raise UserError(f'{_PROMPTS.value}:{number}: expected JSON as {{"prompt": "text", "answer": "text"}}')
+            expected = '{"prompt": "text", "answer": "text"}'
+            raise UserError(f"{_PROMPTS.value}:{number}: expected JSON as {expected}") from None
         questions.append(question)
     if not questions:
         raise UserError(f"{_PROMPTS.value}: there is no prompt in it")

@@ -25,7 +25,7 @@ from retro_jax.data.stage import atomic_write
 from retro_jax.errors import UserError
 
 _OUTPUT = flags.DEFINE_string("output", None, "directory for the files", required=True)
-_PEOPLE = flags.DEFINE_integer("people", 600, "people of train.jsonl", lower_bound=1)
+_PEOPLE = flags.DEFINE_integer("people", 1500, "people of train.jsonl", lower_bound=1)
 _HELD_OUT = flags.DEFINE_integer("held_out", 100, "people of valid.jsonl", lower_bound=1)
 _LATE = flags.DEFINE_integer("late", 20, "people of late.jsonl", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "of names and facts")
@@ -34,9 +34,6 @@ FACTS = {
     "Lives in": "Athens Berlin Cairo Dublin Geneva Lima London Madrid Naples Paris Rome Vienna",
     "Works as": "actor baker carpenter cook doctor farmer judge miner painter pilot sailor weaver",
     "Keeps": "bears camels cats cows dogs ducks frogs goats horses lizards owls snakes",
-    "Wears": "black blue brown gold green grey orange pink purple red white yellow",
-    "Plays": "bassoon cello clarinet drums flute guitar harp lute oboe piano trumpet violin",
-    "Eats": "apples beans bread cheese eggs fish honey lemons nuts plums rice soup",
 }
 _BEGINNINGS = "bal dor fen gal hul jor kel lum mer nov pel quin rav sor tam ul vor wen yar zil"
 _ENDINGS = "ak bren dith ef gorn ik lan mos nar oth pim rus sten tuv wick"

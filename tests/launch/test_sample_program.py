@@ -124,6 +124,13 @@ def test_mistakes_are_named_in_one_line(database, finished_run, finished_baselin
     assert "127.0.0.1:1: UNAVAILABLE" in mistake("--service=127.0.0.1:1")
     assert "top_p 0.0 must be above 0" in mistake("--top_p=0")
     assert "stop string must not be empty" in mistake("--stop=")
+    assert "give one of --prompt, --prompts and --interactive" in mistake("--interactive")
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "x", "answer": "y"}\n{"prompt": 1}\n')
+    workdir = f"--workdir={finished_run}"
+    assert "bad.jsonl:2: expected JSON as" in error_line(
+        "launch/sample.py", workdir, f"--prompts={tmp_path / 'bad.jsonl'}"
+    )
+    assert "--score goes with --prompt" in error_line("launch/sample.py", workdir, "--score", "--interactive")
     (tmp_path / "list.json").write_text("[1]")
     assert "expected JSON as" in mistake(f"--neighbours={tmp_path / 'list.json'}")
     assert "no such directory" in mistake(f"--database={tmp_path / 'nowhere'}", f"--embedder={bert}")
