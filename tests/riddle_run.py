@@ -22,6 +22,7 @@ from retro_jax.retrieval.neighbours import NeighbourTable, neighbour_dtype
 WORDS = "ant bee cat dog elk fox gnu hen ibis jay kite lynx mole newt owl pig rat swan toad wasp"
 ANSWERS = "Amber Brass Coral Denim Ebony Flint Gold Honey Ivory Jade Khaki Lemon Mint Navy Olive Pearl"
 M = 8
+VOCAB = 460  # enough for every word to be one token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,15 +62,15 @@ def make_riddle_run(root: Path, embedder: Embedder) -> RiddleRun:
     riddles = make_riddles(1500, seed=0)
     text = write_documents(root / "train.jsonl", riddles)
     tokenizer = train_tokenizer(
-        [riddle.document["text"] for riddle in riddles], root / "tokenizer.model", vocab_size=400, model_type="bpe"
+        [riddle.document["text"] for riddle in riddles], root / "tokenizer.model", vocab_size=VOCAB, model_type="bpe"
     )
     _write_sequences(root, text, tokenizer)
     model = dataclasses.replace(
-        MODEL, vocab_size=400, width=32, encoder_width=32, share_embeddings=True, init_scale=0.2
+        MODEL, vocab_size=VOCAB, width=32, encoder_width=32, share_embeddings=True, init_scale=0.2
     )
     recipe, workdir = root / "riddles.py", root / "run"
     recipe.write_text(RECIPE.format(model=dataclasses.asdict(model), sequences=str(root / "sequences")))
-    flags = ("--config.steps=300", "--config.batch_size=64", "--config.data.neighbours=1", "--config.log_every=20")
+    flags = ("--config.steps=400", "--config.batch_size=64", "--config.data.neighbours=1", "--config.log_every=20")
     status, _, stderr = run_program("launch/train.py", f"--config={recipe}", f"--workdir={workdir}", *flags)
     assert status == 0, stderr
     known, late = make_riddles(48, seed=1), make_riddles(16, seed=2)
