@@ -66,17 +66,24 @@ def write_documents(path: Path, riddles: list[Riddle]) -> Path:
 def make_riddle_run(root: Path, embedder: Embedder) -> RiddleRun:
     """Trains on riddles that nobody asks later, each with its own document as neighbour, which a search would find."""
     riddles = make_riddles(1500, seed=0)
-    text = write_documents(root / "train.jsonl", riddles)
     tokenizer = train_tokenizer(
         [riddle.document["text"] for riddle in riddles], root / "tokenizer.model", vocab_size=VOCAB, model_type="bpe"
     )
-    _write_sequences(root, text, tokenizer)
+    _write_sequences(root, riddles, tokenizer)
     model = dataclasses.replace(
-        MODEL, vocab_size=VOCAB, width=32, encoder_width=32, share_embeddings=True, init_scale=0.2
+        MODEL,
+        vocab_size=VOCAB,
+        width=32,
+        num_heads=4,
+        encoder_width=32,
+        encoder_num_heads=4,
+        encoder_ca_layers=(),
+        share_embeddings=True,
+        init_scale=0.2,
     )
     recipe, workdir = root / "riddles.py", root / "run"
     recipe.write_text(RECIPE.format(model=dataclasses.asdict(model), sequences=str(root / "sequences")))
-    flags = ("--config.steps=300", "--config.batch_size=64", "--config.data.neighbours=1", "--config.log_every=20")
+    flags = ("--config.steps=150", "--config.batch_size=64", "--config.data.neighbours=1", "--config.log_every=50")
     status, _, stderr = run_program("launch/train.py", f"--config={recipe}", f"--workdir={workdir}", *flags)
     assert status == 0, stderr
     known, late = make_riddles(48, seed=1), make_riddles(16, seed=2)
@@ -87,15 +94,21 @@ def make_riddle_run(root: Path, embedder: Embedder) -> RiddleRun:
     return RiddleRun(workdir, database, known, late)
 
 
-def _write_sequences(root: Path, text: Path, tokenizer: Tokenizer) -> None:
-    build_corpus([text], tokenizer, root / "train", chunk_length=M)
-    corpus = Corpus(root / "train")
+def _write_sequences(root: Path, riddles: list[Riddle], tokenizer: Tokenizer) -> None:
+    """The same texts as queries and as database, under other names, since no document is a neighbour of its own."""
+    named = [riddle.document | {"id": f"answer to {riddle.words}"} for riddle in riddles]
+    (root / "answers.jsonl").write_text("".join(json.dumps(document) + "\n" for document in named))
+    texts = {"train": write_documents(root / "train.jsonl", riddles), "answers": root / "answers.jsonl"}
+    corpora = {name: root / name for name in texts}
+    for name, text in texts.items():
+        build_corpus([text], tokenizer, corpora[name], chunk_length=M)
+    corpus, database = Corpus(corpora["train"]), Corpus(corpora["answers"])
     rows = np.zeros(corpus.num_chunks, neighbour_dtype(1))
-    documents = corpus.document_index(np.arange(corpus.num_chunks)).tolist()
-    rows["ids"][:, 0] = [corpus.document(number).first_chunk for number in documents]
-    inputs = {"corpus": corpus.fingerprint, "database": "riddles", "database_corpus": corpus.fingerprint}
+    documents = database.document_index(np.arange(corpus.num_chunks)).tolist()
+    rows["ids"][:, 0] = [database.document(number).first_chunk for number in documents]
+    inputs = {"corpus": corpus.fingerprint, "database": "riddles", "database_corpus": database.fingerprint}
     with Stage(root / "neighbours", "neighbours", settings={"k": 1, "filter": "document"}, inputs=inputs) as stage:
         with stage.shard(shard_name("neighbours", 0, 1, ".npy")) as (path, _), open(path, "wb") as file:
             np.save(file, rows)
         stage.finish({"chunks": corpus.num_chunks})
-    write_sequences(corpus, NeighbourTable(root / "neighbours"), corpus, root / "sequences", length=2 * M, k=1)
+    write_sequences(corpus, NeighbourTable(root / "neighbours"), database, root / "sequences", length=2 * M, k=1)
