@@ -130,7 +130,7 @@ def test_mistakes_are_named_in_one_line(database, finished_run, finished_baselin
     def mistake(*flags, workdir=finished_run):
         return error_line("launch/sample.py", f"--workdir={workdir}", "--prompt=x", *flags)
 
-    assert "needs --embedder" in mistake(f"--database={directory}")
+    assert "need --embedder" in mistake(f"--database={directory}")
     assert "goes without --database" in mistake(f"--database={directory}", "--service=127.0.0.1:1")
     assert "127.0.0.1:1: UNAVAILABLE" in mistake("--service=127.0.0.1:1")
     assert "top_p 0.0 must be above 0" in mistake("--top_p=0")
