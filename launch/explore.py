@@ -49,15 +49,33 @@ flags.mark_flags_as_required(["workdir"])
 
 def main() -> None:
     decoding = Decoding(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _SEED.value)
-    prompt = _prompt()
-    if _HTML.value and not prompt and not _TOKENS.value:
-        raise UserError("--html needs a text: give --prompt or --prompt_file")
-    start = Session(prompt, _TOKENS.value, decoding)
+    start = Session(_prompt(), _TOKENS.value, decoding)
+    if _HTML.value:
+        if not start.prompt and not start.max_new_tokens:
+            raise UserError("--html needs a text: give --prompt or --prompt_file")
+        *_, last = _open().generate(start)
+        view = last["view"]
+        with atomic_write(_HTML.value) as temporary:
+            temporary.write_text(render(view), encoding="utf-8")
+        print(f"{_HTML.value}: {len(view['tokens'])} tokens in {len(view['chunks'])} chunks")
+        return
+    # Here, so that writing a page needs no web server.
+    from retro_jax.explorer.app import create_app
+    from retro_jax.explorer.serving import address, listen, serve
+    from retro_jax.explorer.turns import Turns
+
+    listener = listen(_PORT.value)  # before the model is loaded, which takes a while
+    app = create_app(_open(), Turns(_REQUESTS.value), start=start)
+    print(f"The explorer: {address(listener)}  (Ctrl-C ends it)", flush=True)
+    serve(app, listener)
+
+
+def _open() -> Explorer:
     run = load_trained(_WORKDIR.value, step=_STEP.value)
     library = program.retriever(run)
     if library is None:
         raise UserError("there is nothing to retrieve from: give --database and --embedder, or --service")
-    explorer = Explorer(
+    return Explorer(
         run,
         library,
         name=flags.FLAGS.database or flags.FLAGS.service,
@@ -66,19 +84,6 @@ def main() -> None:
         on_retrieval_failure=_ON_FAILURE.value,
         limits=Limits(_MOST_PROMPT.value, _MOST_NEW.value),
     )
-    if _HTML.value:
-        *_, last = explorer.generate(start)
-        with atomic_write(_HTML.value) as temporary:
-            temporary.write_text(render(last["view"]), encoding="utf-8")
-        print(f"{_HTML.value}: {len(last['view']['tokens'])} tokens in {len(last['view']['chunks'])} chunks")
-        return
-    # Here, so that writing a page needs no web server.
-    from retro_jax.explorer.app import create_app
-    from retro_jax.explorer.serving import serve
-    from retro_jax.explorer.turns import Turns
-
-    app = create_app(explorer, Turns(_REQUESTS.value), start=start)
-    serve(app, _PORT.value, lambda address: print(f"The explorer: {address}  (Ctrl-C ends it)", flush=True))
 
 
 def _prompt() -> str:

@@ -112,6 +112,10 @@ class Explorer:
           UserError: what is asked for is above the limits; what the retriever raises.
         """
         prompt = self._encode_prompt(session)
+        if session.max_new_tokens > self.limits.new_tokens:
+            raise UserError(
+                f"{session.max_new_tokens} new tokens are asked for; at most {self.limits.new_tokens} are made"
+            )
         tokens: dict[str, list[int]] = {mode: [] for mode in MODES}
         streams = {mode: TextStream(self._tokenizer) for mode in MODES}
         sources = {}
@@ -155,6 +159,8 @@ class Explorer:
         prompt = self._encode_prompt(session)
         self._check_tokens(session)
         text = [BOS_ID, *prompt, *getattr(session, session.shown)]
+        if len(text) == 1:
+            raise UserError("there is nothing to look at: write a prompt, or ask for new tokens")
         retrieved = self._retrieve(text)
         slots = [self._slots(chunk, session) for chunk in retrieved]
         self._check_edits(session, len(retrieved))
@@ -199,15 +205,9 @@ class Explorer:
         }
 
     def _encode_prompt(self, session: Session) -> list[int]:
-        prompt, limits = self._tokenizer.encode(session.prompt), self.limits
-        if len(prompt) > limits.prompt_tokens:
-            raise UserError(
-                f"the prompt has {len(prompt)} tokens; at most {limits.prompt_tokens} are taken, shorten it"
-            )
-        if session.max_new_tokens > limits.new_tokens:
-            raise UserError(f"{session.max_new_tokens} new tokens are asked for; at most {limits.new_tokens} are made")
-        if not prompt and not session.max_new_tokens:
-            raise UserError("there is nothing to look at: write a prompt, or ask for new tokens")
+        prompt, most = self._tokenizer.encode(session.prompt), self.limits.prompt_tokens
+        if len(prompt) > most:
+            raise UserError(f"the prompt has {len(prompt)} tokens; at most {most} are taken, shorten it")
         return prompt
 
     def _check_tokens(self, session: Session) -> None:

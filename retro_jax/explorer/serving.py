@@ -4,7 +4,6 @@ import errno
 import signal
 import socket
 import sys
-from collections.abc import Callable
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -16,22 +15,20 @@ _CONNECTIONS = 64  # beyond them 503
 _GRACE = 1  # seconds that streams have to end
 
 
-def serve(app: ASGIApp, port: int, started: Callable[[str], None]) -> None:
+def serve(app: ASGIApp, listener: socket.socket) -> None:
     """Serves until SIGTERM (then the process exits with 0) or SIGINT (KeyboardInterrupt). Call in the main thread.
 
     Args:
       app: the application.
-      port: to listen at; 0 takes a free one.
-      started: called with the page's address when it can be opened.
-
-    Raises:
-      UserError: the port cannot be had.
+      listener: of `listen`.
     """
-    listener = listen(port)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn hands the signal on when it has ended
-    server = create_server(app)
-    started(f"http://{_HOST}:{listener.getsockname()[1]}/")
-    server.run(sockets=[listener])
+    create_server(app).run(sockets=[listener])
+
+
+def address(listener: socket.socket) -> str:
+    """Of the page."""
+    return f"http://{_HOST}:{listener.getsockname()[1]}/"
 
 
 def create_server(app: ASGIApp) -> uvicorn.Server:
@@ -53,7 +50,7 @@ def create_server(app: ASGIApp) -> uvicorn.Server:
 
 
 def listen(port: int) -> socket.socket:
-    """A socket that listens on loopback; connections wait from now on.
+    """A socket that listens on loopback; connections wait from now on. Port 0 takes a free one.
 
     Raises:
       UserError: the port cannot be had.

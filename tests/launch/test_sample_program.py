@@ -2,25 +2,10 @@
 
 import json
 
-import pytest
 from small_run import K, M, error_line, program, run_program
 from tiny_bert import write_tiny_bert
 
 from retro_jax.data.corpus import Corpus
-from retro_jax.retrieval.embedder import Embedder, embed_corpus
-from retro_jax.retrieval.index_build import build_index
-
-
-@pytest.fixture(scope="module")
-def database(small_data, tmp_path_factory):
-    """The small database made searchable with a random BERT; gives (database, embedder)."""
-    bert = write_tiny_bert(tmp_path_factory.mktemp("bert"))
-    embedder = Embedder.load(bert, normalize=False, max_length=32)
-    embed_corpus(Corpus(small_data.database / "corpus"), embedder, small_data.database / "embeddings")
-    from retro_jax.retrieval.embedder import EmbeddingSet
-
-    build_index(EmbeddingSet(small_data.database / "embeddings"), small_data.database / "index")
-    return small_data.database, bert
 
 
 def test_a_sample_shows_the_neighbours_of_each_complete_chunk(database, finished_run, tmp_path):

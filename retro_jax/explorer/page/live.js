@@ -80,7 +80,7 @@
     const session = {...asked(), on: [], off: []};
     byId("result").hidden = true;
     byId("continuations").hidden = false;
-    for (const element of document.querySelectorAll("[data-prompt]")) element.textContent = session.prompt;
+    explorer.showPrompt(session.prompt);
     for (const mode of ["on", "off"]) {
       byId(`text-${mode}`).textContent = "";
       byId(`show-${mode}`).hidden = true;
@@ -92,7 +92,9 @@
         if (event.error) throw new Error(event.error);
         if (event.view) view = event.view;
         else {
-          byId(`text-${event.mode}`).append(event.text);
+          const text = byId(`text-${event.mode}`);
+          text.append(event.text);
+          text.parentElement.scrollTop = text.parentElement.scrollHeight;
           session[event.mode].push(...event.tokens);
         }
       }

@@ -5,6 +5,7 @@
 const explorer = (() => {
   const CLIP = 0.5; // nats; as in the paper's figures
   const STEPS = 5; // classes of colour on each side of 0, and lengths of runs
+  const PROMPT_END = 100; // characters
   const NAMES = {on: "RETRO[ON]", off: "RETRO[OFF]"};
   const state = {view: null, colour: "loss", actions: null};
 
@@ -41,12 +42,12 @@ const explorer = (() => {
   function legend() {
     const swatches = (classes) => make("span", {class: "swatches"}, ...classes.map((name) => make("i", {class: name})));
     const steps = [...Array(2 * STEPS + 1).keys()].map((step) => `l${step - STEPS}`);
-    const loss = make(
-      "p", {}, make("span", {class: "soft"}, "token "), "retrieval hurts −0.5", swatches(steps), "+0.5 nats, helps");
+    const both = state.colour === "loss";
+    const loss = make("p", {}, "Text: hurts −0.5", swatches(steps), "+0.5 nats, helps");
     const run = make(
-      "p", {}, make("span", {class: "soft"}, state.colour === "loss" ? "neighbour " : ""), "tokens in common 0",
-      swatches([...Array(STEPS + 1).keys()].map(runClass)), `≥${STEPS}`);
-    byId("legend").replaceChildren(...(state.colour === "loss" ? [loss, run] : [run]));
+      "p", {}, `${both ? "Neighbours" : "Text and neighbours"}: 0`, swatches([...Array(STEPS + 1).keys()].map(runClass)),
+      `≥${STEPS} tokens in common`);
+    byId("legend").replaceChildren(...(both ? [loss, run] : [run]));
   }
 
   // Tokens
@@ -60,7 +61,7 @@ const explorer = (() => {
   function describe(token) {
     const gain = token.off - token.on;
     const effect = Math.abs(gain) < 0.005 ? "no difference" : `retrieval ${gain > 0 ? "helps" : "hurts"} ${signed(gain)}`;
-    const run = token.run ? `, ${token.run} in common` : "";
+    const run = token.run ? `, match of ${token.run}` : "";
     return `${JSON.stringify(token.text)}  OFF ${token.off.toFixed(2)}  ON ${token.on.toFixed(2)} nats: ${effect}${run}`;
   }
 
@@ -102,7 +103,10 @@ const explorer = (() => {
     const text = make("p", {class: "text", role: "group", "aria-label": `Text of chunk ${chunk.number}`}, ...elements);
     elements.forEach((element, place) => {
       element.tabIndex = place ? -1 : 0;
-      if (chunk.first + place < view.prompt_tokens) element.classList.add("given");
+      if (chunk.first + place === view.prompt_tokens) {
+        element.classList.add("begins");
+        element.title = "Here the prompt ends and the continuation begins";
+      }
       element.addEventListener("mouseenter", () => point(list, place));
       element.addEventListener("focus", () => {
         for (const other of elements) other.tabIndex = -1;
@@ -264,13 +268,21 @@ const explorer = (() => {
       `for each chunk of ${run.chunk_length} tokens, from ${run.database}`;
   }
 
+  /** The end of the prompt, before both continuations. */
+  function showPrompt(prompt) {
+    const characters = [...prompt];
+    const end = characters.length > PROMPT_END ? "…" + characters.slice(-PROMPT_END).join("") : prompt;
+    for (const element of document.querySelectorAll("[data-prompt]")) element.textContent = end;
+  }
+
   function continuations(view) {
     const {session, texts} = view;
     const any = session.on.length + session.off.length > 0;
     byId("continuations").hidden = !any;
-    for (const element of document.querySelectorAll("[data-prompt]")) element.textContent = session.prompt;
+    showPrompt(session.prompt);
     for (const mode of ["on", "off"]) {
       byId(`text-${mode}`).textContent = texts[mode];
+      byId(`text-${mode}`).parentElement.scrollTop = 0;
       byId(`text-${mode}`).closest(".pane").classList.toggle("shown", session.shown === mode);
     }
     byId("result-title").textContent =
@@ -311,7 +323,7 @@ const explorer = (() => {
     save(JSON.stringify(state.view, null, 1), "application/json", "retro-session.json"));
   document.addEventListener("keydown", (event) => { if (event.key === "Escape") leave(); });
 
-  return {state, byId, show, setColour, describeRun, save};
+  return {state, byId, show, showPrompt, setColour, describeRun, save};
 })();
 
 if (document.getElementById("view")) explorer.show(JSON.parse(document.getElementById("view").textContent));
