@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from small_run import K, M, error_line, program, run_program
 from tiny_bert import write_tiny_bert
 
