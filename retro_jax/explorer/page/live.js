@@ -184,7 +184,9 @@
     event.preventDefault();
     generate();
   });
-  byId("look").addEventListener("click", () => look("Scoring…", {...asked(), max_new_tokens: 0}));
+  byId("look").addEventListener("click", () => {
+    if (byId("ask").reportValidity()) look("Scoring…", {...asked(), max_new_tokens: 0});
+  });
   byId("stop").addEventListener("click", () => working?.abort());
   byId("prompt").addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) byId("ask").requestSubmit();

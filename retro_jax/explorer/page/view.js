@@ -141,7 +141,7 @@ const explorer = (() => {
       "header", {},
       make("span", {class: "rank", "aria-label": `Rank ${slot.rank}`}, String(slot.rank)),
       make("span", {class: "source"}, source || (slot.state === "typed" ? "Your own" : "No neighbour")),
-      slot.state === "retrieved" || !WORDS[slot.state] ? null : make("span", {class: "badge"}, WORDS[slot.state]),
+      WORDS[slot.state] ? make("span", {class: "badge"}, WORDS[slot.state]) : null,
       slot.distance === null ? null : make("span", {class: "soft"}, `distance ${slot.distance.toFixed(3)}`),
     );
     const document_ = slot.title && slot.document ? make("p", {class: "document soft"}, slot.document) : null;
@@ -310,7 +310,7 @@ const explorer = (() => {
   function save(content, type, name) {
     const address = URL.createObjectURL(new Blob([content], {type}));
     make("a", {href: address, download: name}).click();
-    URL.revokeObjectURL(address);
+    setTimeout(() => URL.revokeObjectURL(address), 60_000); // the download has begun by then
   }
 
   for (const choice of document.querySelectorAll("[name=colour]")) {
