@@ -65,9 +65,10 @@ def main() -> None:
     from retro_jax.explorer.turns import Turns
 
     listener = listen(_PORT.value)  # before the model is loaded, which takes a while
-    app = create_app(_open(), Turns(_REQUESTS.value), start=start)
+    turns = Turns(_REQUESTS.value)
+    app = create_app(_open(), turns, start=start)
     print(f"The explorer: {address(listener)}  (Ctrl-C ends it)", flush=True)
-    serve(app, listener)
+    serve(app, listener, turns.stop)
 
 
 def _open() -> Explorer:

@@ -4,6 +4,8 @@ import errno
 import signal
 import socket
 import sys
+from collections.abc import Callable
+from types import FrameType
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -12,18 +14,27 @@ from retro_jax.errors import UserError
 
 _HOST = "127.0.0.1"
 _CONNECTIONS = 64  # beyond them 503
-_GRACE = 1  # seconds that streams have to end
+_GRACE = 10  # seconds that requests in progress have to end
 
 
-def serve(app: ASGIApp, listener: socket.socket) -> None:
+def serve(app: ASGIApp, listener: socket.socket, ending: Callable[[], None]) -> None:
     """Serves until SIGTERM (then the process exits with 0) or SIGINT (KeyboardInterrupt). Call in the main thread.
 
     Args:
       app: the application.
       listener: of `listen`.
+      ending: called in a signal handler when the end has come, so that streams end; others have a grace to.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn hands the signal on when it has ended
-    create_server(app).run(sockets=[listener])
+    server = create_server(app)
+    told = server.handle_exit
+
+    def handle_exit(number: int, frame: FrameType | None) -> None:
+        ending()
+        told(number, frame)
+
+    server.handle_exit = handle_exit
+    server.run(sockets=[listener])
 
 
 def address(listener: socket.socket) -> str:

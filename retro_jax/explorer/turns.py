@@ -14,12 +14,19 @@ class BusyError(Exception):
 
 
 class Turns:
-    """The thread of the model."""
+    """The thread of the model.
+
+    Attributes:
+      thread: computes the pieces of all requests, one after the other.
+      seats: one for each request that is let in.
+      stopping: no more pieces are to be computed. A plain bool, since a signal handler sets it.
+    """
 
     def __init__(self, most: int) -> None:
         """`most`: requests in progress at a time."""
-        self._seats = threading.BoundedSemaphore(most)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self.seats = threading.BoundedSemaphore(most)
+        self.stopping = False
 
     def begin(self, pieces: Iterator[T]) -> "Turn[T]":
         """Lets a request in, whose pieces of work are computed one by one, in turn with those of the others.
@@ -30,24 +37,30 @@ class Turns:
         Raises:
           BusyError: as many as are let in are in progress.
         """
-        if not self._seats.acquire(blocking=False):
+        if not self.seats.acquire(blocking=False):
             raise BusyError
-        return Turn(self._thread, pieces, self._seats.release)
+        return Turn(self, pieces)
+
+    def stop(self) -> None:
+        """Lets every request end after the piece that is being computed."""
+        self.stopping = True
 
 
 class Turn(Generic[T]):
     """A request in progress: an asynchronous iterator over its pieces. It holds its seat until it is closed."""
 
-    def __init__(self, thread: ThreadPoolExecutor, pieces: Iterator[T], release) -> None:
-        self._thread, self._pieces, self._release = thread, pieces, release
+    def __init__(self, turns: Turns, pieces: Iterator[T]) -> None:
+        self._turns, self._pieces = turns, pieces
         self._closed = False
 
     def __aiter__(self) -> "Turn[T]":
         return self
 
     async def __anext__(self) -> T:
+        if self._turns.stopping:
+            raise StopAsyncIteration
         end = object()  # a StopIteration cannot pass through a future
-        piece = await asyncio.wrap_future(self._thread.submit(next, self._pieces, end))
+        piece = await asyncio.wrap_future(self._turns.thread.submit(next, self._pieces, end))
         if piece is end:
             raise StopAsyncIteration
         return piece
@@ -56,10 +69,10 @@ class Turn(Generic[T]):
         """Ends the work, behind the piece that is being computed, and gives the seat back. May be called again."""
         if not self._closed:
             self._closed = True
-            self._thread.submit(self._finish)
+            self._turns.thread.submit(self._finish)
 
     def _finish(self) -> None:
         try:
             self._pieces.close()
         finally:
-            self._release()
+            self._turns.seats.release()

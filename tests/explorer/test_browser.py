@@ -218,7 +218,7 @@ def test_a_busy_server_is_told_of_and_the_page_can_go_on(page, turns):
     expect(page.locator("#status")).to_contain_text("busy with other requests; try again")
     for turn in waiting:
         turn.close()
-    turns._thread.submit(lambda: None).result()  # behind the two
+    turns.thread.submit(lambda: None).result()  # behind the two
     page.click("#look")
     expect(page.locator("#chunk-1")).to_be_visible()
 
