@@ -148,10 +148,11 @@ class Explorer:
         """What there is to see of a session, JSON-serialisable.
 
         Returns:
-          {"format", "run", "session", "texts": text of each continuation, "prompt_tokens",
-          "tokens": for each token of the text shown {"text", "off", "on" (nats), "run"},
-          "chunks": see `_chunk`, "total": {"bytes", "bits_per_byte"}}. Bits per byte are of RETRO[OFF], of RETRO[ON] as
-          edited, and of RETRO[ON] as retrieved.
+          "format", "run", "session", "texts" (of each continuation), "prompt_tokens",
+          "tokens": of the text shown, each {"text", "off", "on" (losses in nats), "run" (see `common_runs`)},
+          "chunks": each {"number", "first", "end" (its tokens), "bytes", "bits_per_byte", "reads"}; it reads the
+            neighbours that the chunk before it retrieved, {"chunk": that one's number, "failure", "neighbours"},
+          "total": {"bytes", "bits_per_byte"}. Bits per byte are {"off", "on", "as_retrieved"}: ON is as edited.
 
         Raises:
           UserError: what is asked for is above the limits or does not exist; what the retriever raises.
@@ -170,24 +171,16 @@ class Explorer:
             losses["on"] = self._losses(text, {chunk: [slot.read for slot in each] for chunk, each in enumerate(slots)})
         length = self._config.chunk_length
         runs, chunks = [0] * len(text), []
-        for number in range(-(-len(text) // length)):
-            place = slice(number * length, min((number + 1) * length, len(text)))
-            if number:
-                runs[place] = common_runs(text[place], [slot.read for slot in slots[number - 1]])
-            reads = None
-            if number:
-                found = retrieved[number - 1]
-                neighbours = [self._describe_slot(slot, text[place]) for slot in slots[number - 1]]
-                reads = {"chunk": number, "failure": found.failure, "neighbours": neighbours}
-            chunks.append(
-                {
-                    "number": number + 1,
-                    "first": max(place.start - 1, 0),
-                    "end": place.stop - 1,
-                    **self._costs(text, losses, place),
-                    "reads": reads,
-                }
-            )
+        for first in range(0, len(text), length):
+            place = slice(first, min(first + length, len(text)))
+            number, reads = first // length + 1, None
+            if number > 1:
+                found, mine = retrieved[number - 2], slots[number - 2]
+                runs[place] = common_runs(text[place], [slot.read for slot in mine])
+                neighbours = [self._describe_slot(slot, text[place]) for slot in mine]
+                reads = {"chunk": number - 1, "failure": found.failure, "neighbours": neighbours}
+            span = {"first": max(place.start - 1, 0), "end": place.stop - 1}
+            chunks.append({"number": number, **span, **self._costs(text, losses, place), "reads": reads})
         self._name_documents(chunks)
         decoded = _pieces(self._tokenizer, text[1:])
         return {
