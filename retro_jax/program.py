@@ -19,7 +19,7 @@ from retro_jax.errors import TemporaryError, UserError
 
 if TYPE_CHECKING:
     from retro_jax.data.distribute import BeamOptions
-    from retro_jax.retrieval.database import Database
+    from retro_jax.retrieval.live import LiveDatabase
     from retro_jax.retrieval.service.access import Service
     from retro_jax.retrieval.service.client import RetrievalClient
     from retro_jax.training.trained import TrainedRun
@@ -181,7 +181,7 @@ def define_retriever_flags(seconds: float) -> None:
     define_service_flags(seconds)
 
 
-def retriever(run: "TrainedRun") -> "Database | RetrievalClient | None":
+def retriever(run: "TrainedRun") -> "LiveDatabase | RetrievalClient | None":
     """The database or service that the flags of `define_retriever_flags` name, opened for live queries; None for none.
 
     Raises:
@@ -194,7 +194,7 @@ def retriever(run: "TrainedRun") -> "Database | RetrievalClient | None":
         client = where.connect()
         if not client.description.embeds:
             raise UserError(f"{where.addresses} cannot embed what was generated: start it with --embedder")
-        run.check_tokenizer(client.description.tokenizer, where.addresses)
+        run.check_tokenizer(client.tokenizer_fingerprint, where.addresses)
         return client
     if not values.database:
         if values.embedder:
@@ -202,13 +202,13 @@ def retriever(run: "TrainedRun") -> "Database | RetrievalClient | None":
         return None
     if not values.embedder:
         raise UserError("live queries of --database need --embedder, the one the database was embedded with")
-    from retro_jax.retrieval.database import Database
     from retro_jax.retrieval.embedder import Embedder, EmbeddingSet
+    from retro_jax.retrieval.live import LiveDatabase
 
     settings = EmbeddingSet(Path(values.database) / "embeddings").manifest.settings["embedder"]
     embedder = Embedder.load(values.embedder, normalize=settings["normalize"], max_length=settings["max_length"])
-    database = Database.open(values.database, embedder)
-    run.check_tokenizer(database.corpus.tokenizer_fingerprint, values.database)
+    database = LiveDatabase(values.database, embedder)
+    run.check_tokenizer(database.tokenizer_fingerprint, values.database)
     return database
 
 

@@ -5,12 +5,14 @@
     python tools/benchmark.py train --preset=425m --length=2048 --batch_size=16 --dtype=bfloat16
     python tools/benchmark.py data --sequences=demo/sequences --batch_size=32
     python tools/benchmark.py sample --shape=tiny --peer=retro-pytorch --new_tokens=64,256
+    python tools/benchmark.py sample --database=DB --embedder=minilm --new_tokens=512 --prompts=1,8
     python tools/benchmark.py retrieval --embeddings=DB/embeddings --vectors=10000,100000 --plots=docs
 
 Every side is measured in a process of its own, so that its peak memory is its own, and the sides take turns. `train`
 gives our step beside that of the baseline with the same decoder, or, with --peer, beside the PyPI package retro-pytorch
 at the same shapes (in an environment that is made on first use); the last line then has the ratios. `data` reads from
-a cold start, --sequences or synthetic ones. `sample` generates with random neighbours, beside the same peer if asked.
+a cold start, --sequences or synthetic ones. `sample` generates with random neighbours or those of --database, beside
+the same peer if asked.
 `retrieval` searches real embeddings with our index and with FAISS and hnswlib. Without a name `train` and `data` run.
 """
 
@@ -47,6 +49,8 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Sequences of a step; def
 _K = flags.DEFINE_integer("k", None, "Neighbours of a chunk; default 2.", lower_bound=1)
 _DTYPE = flags.DEFINE_list("dtype", ["float32"], "Compute dtypes of `train`, one after the other.")
 _REMAT = flags.DEFINE_string("remat", None, "What the backward pass computes again; default the preset's.")
+_SCAN_LAYERS = flags.DEFINE_bool("scan_layers", None, "Equal layers as a loop, or written out; default the preset's.")
+_VOCAB_BLOCK = flags.DEFINE_integer("vocab_block", None, "Logits at once; 0 for all; default the configuration's.")
 _POSITIONS = flags.DEFINE_string("positions", None, "transformer_xl or rope; default the preset's.")
 _MICROBATCHES = flags.DEFINE_integer("microbatches", 1, "Parts that a batch is computed in.", lower_bound=1)
 _MESH = flags.DEFINE_string("mesh", "", "Devices along the mesh's axes, as data=2,fsdp=1.")
@@ -62,6 +66,8 @@ _PEER_PYTHON = flags.DEFINE_string("peer_python", None, "An interpreter that has
 _SEQUENCES = flags.DEFINE_string("sequences", None, "Sequences directory; default random tokens.")
 _NEW_TOKENS = flags.DEFINE_list("new_tokens", None, "Tokens that `sample` generates; default 64 to 2048.")
 _PROMPTS = flags.DEFINE_list("prompts", ["1", "8"], "Prompts that `sample` continues together.")
+_DATABASE = flags.DEFINE_string("database", None, "Database that `sample` retrieves from; random neighbours without.")
+_EMBEDDER = flags.DEFINE_string("embedder", None, "Its embedder.")
 _EMBEDDINGS = flags.DEFINE_string("embeddings", None, "Embeddings directory that `retrieval` searches.")
 _VECTORS = flags.DEFINE_list("vectors", ["100000"], "Vectors in the index of `retrieval`, one number after the other.")
 _SEARCH_PEERS = flags.DEFINE_list("search_peers", [*retrieval.PEERS], "Engines beside ours; empty for none.")
@@ -121,6 +127,10 @@ def benchmark_data() -> None:
 
 def benchmark_sample() -> None:
     peer = _PEER.value is not None
+    if (_DATABASE.value is None) != (_EMBEDDER.value is None):
+        raise UserError("--database and --embedder go together")
+    if peer and _DATABASE.value:
+        raise UserError("the peer has random neighbours, and so must we beside it: leave out --database")
     lengths = _numbers(_NEW_TOKENS) if _NEW_TOKENS.value else sample.PEER_LENGTHS if peer else sample.LENGTHS
     plan = sample.Plan(
         lengths=lengths,
@@ -128,6 +138,8 @@ def benchmark_sample() -> None:
         k=_value("k"),
         rounds=_ROUNDS.value or 1,
         cores=_CORES.value,
+        database=_DATABASE.value or "",
+        embedder=_EMBEDDER.value or "",
     )
     for dtype in _DTYPE.value:
         model = _config(dtype).model
@@ -170,7 +182,7 @@ def _read(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _config(dtype: str) -> TrainConfig:
-    changes = {"remat": _REMAT.value, "positions": _POSITIONS.value}
+    changes = {"remat": _REMAT.value, "positions": _POSITIONS.value, "scan_layers": _SCAN_LAYERS.value}
     model = train.model_of(
         _value("preset"),
         _value("vocab_size"),
@@ -186,6 +198,7 @@ def _config(dtype: str) -> TrainConfig:
         mesh=train.parse_mesh(_MESH.value),
         batch_size=_value("batch_size"),
         microbatches=_MICROBATCHES.value,
+        vocab_block=TrainConfig.vocab_block if _VOCAB_BLOCK.value is None else _VOCAB_BLOCK.value,
     )
 
 

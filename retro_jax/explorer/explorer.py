@@ -24,7 +24,10 @@ _REMEMBERED = 4096  # chunks
 
 
 class Library(Retriever, Protocol):
-    """A retriever that knows where its chunks are from: a database here, or the client of a service."""
+    """A retriever that knows where its chunks are from: a database that is followed, or the client of a service."""
+
+    def refresh(self) -> bool:
+        """Answers from what the database is now; gives whether that is another version than before."""
 
     def documents(self, ids: np.ndarray) -> list[tuple[str, str]]:
         """(id, title) of the document of each chunk id [n]; empty strings for -1."""
@@ -111,6 +114,7 @@ class Explorer:
         Raises:
           UserError: what is asked for is above the limits; what the retriever raises.
         """
+        self._follow()
         prompt = self._encode_prompt(session)
         if session.max_new_tokens > self.limits.new_tokens:
             raise UserError(
@@ -157,6 +161,7 @@ class Explorer:
         Raises:
           UserError: what is asked for is above the limits or does not exist; what the retriever raises.
         """
+        self._follow()
         prompt = self._encode_prompt(session)
         self._check_tokens(session)
         text = [BOS_ID, *prompt, *getattr(session, session.shown)]
@@ -196,6 +201,16 @@ class Explorer:
             "chunks": chunks,
             "total": self._costs(text, losses, slice(0, len(text))),
         }
+
+    def _follow(self) -> None:
+        try:
+            changed = self._library.refresh()
+        except (UserError, OSError):
+            if self._on_failure == "error":
+                raise
+            changed = True  # it answers no more, and the chunks will say so
+        if changed:
+            self._remembered.forget()
 
     def _encode_prompt(self, session: Session) -> list[int]:
         prompt, most = self._tokenizer.encode(session.prompt), self.limits.prompt_tokens
@@ -320,6 +335,9 @@ class _Remembered:
     def __init__(self, retriever: Retriever) -> None:
         self._retriever = retriever
         self._known: collections.OrderedDict[tuple[int, bytes], tuple] = collections.OrderedDict()
+
+    def forget(self) -> None:
+        self._known.clear()
 
     def retrieve(self, chunk_tokens: np.ndarray, k: int) -> Neighbours:
         keys = [(k, chunk.tobytes()) for chunk in np.asarray(chunk_tokens, np.int32)]

@@ -122,6 +122,15 @@ def test_a_chunk_whose_retrieval_fails_goes_on_without_neighbours_and_says_why(m
     assert all(token["on"] == pytest.approx(token["off"], abs=1e-4) for token in view["tokens"])
 
 
+def test_a_database_that_has_changed_is_asked_again(view, explorer, library):
+    asked, library.changed = library.chunks, True
+    try:
+        assert explorer.view(Session(TEXT, 0)) == view
+    finally:
+        library.changed = False
+    assert library.chunks > asked
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -17,7 +17,7 @@ class Library:
 
     def __init__(self, tokenizer) -> None:
         self._tokenizer, self.chunks = tokenizer, 0
-        self.broken = False
+        self.broken = self.changed = False
 
     def retrieve(self, chunk_tokens, k):
         if self.broken:
@@ -31,6 +31,9 @@ class Library:
             tokens[row, 1] = [*chunk, *chunk[::-1]]
         ids = np.tile(np.arange(k), (len(chunk_tokens), 1))
         return Neighbours(ids, ids.astype(np.float32) + 0.25, tokens)
+
+    def refresh(self):
+        return self.changed
 
     def documents(self, ids):
         return [("", "") if chunk < 0 else (f"doc-{chunk}", SCRIPT) for chunk in ids.tolist()]
