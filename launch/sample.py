@@ -14,7 +14,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from absl import flags
 
@@ -26,12 +26,7 @@ from retro_jax.inference.neighbours import ON_FAILURE, RetrievedChunk
 from retro_jax.inference.sampling import Request, Sampler
 from retro_jax.inference.scoring import Scorer
 from retro_jax.inference.text import TextStream, begins_with
-from retro_jax.retrieval.service.access import Service
 from retro_jax.training.trained import TrainedRun, load_trained
-
-if TYPE_CHECKING:
-    from retro_jax.retrieval.live import LiveDatabase
-    from retro_jax.retrieval.service.client import RetrievalClient
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Trained run.")
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue, or to score.")
@@ -40,8 +35,6 @@ _PROMPTS = flags.DEFINE_string(
 )
 _INTERACTIVE = flags.DEFINE_bool("interactive", False, "Read prompts from standard input, one a line.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Prompts of --prompts that are continued together.", lower_bound=1)
-_DATABASE = flags.DEFINE_string("database", None, "Retrieval database; without one the model runs OFF.")
-_EMBEDDER = flags.DEFINE_string("embedder", None, "Directory (or hub id) of the database's embedder.")
 _NEIGHBOURS = flags.DEFINE_string(
     "neighbours", None, 'JSON file of neighbours of your own, {"1": ["text", …], …}; chunks are counted from 1.'
 )
@@ -66,7 +59,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Seed of the draws.", lower_bound=0)
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to sample from; the newest by default.")
 _SCORE = flags.DEFINE_bool("score", False, "Give the log-probability of each token of --prompt, and generate nothing.")
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file for what is printed.")
-program.define_service_flags(seconds=30)
+program.define_retriever_flags(seconds=30)
 flags.mark_flag_as_required("workdir")
 
 
@@ -79,7 +72,7 @@ def main() -> None:
     questions = _read_prompts() if _PROMPTS.value is not None else []
     run = load_trained(_WORKDIR.value, step=_STEP.value)
     given = _given(run)
-    database = _open_service(run, service) if (service := program.service()) else _open_database(run)
+    database = program.retriever(run)
     source = {
         "retriever": database,
         "neighbours": _K.value or run.config.data.neighbours,
@@ -248,16 +241,6 @@ def _lines_of_input() -> Iterator[str]:
             yield prompt
 
 
-def _open_service(run: TrainedRun, service: Service) -> "RetrievalClient":
-    if _DATABASE.value or _EMBEDDER.value:
-        raise UserError("--service goes without --database and --embedder: the service has them")
-    client = service.connect()
-    if not client.description.embeds:
-        raise UserError(f"{service.addresses} cannot embed what was generated: start it with --embedder")
-    run.check_tokenizer(client.tokenizer_fingerprint, service.addresses)
-    return client
-
-
 def _given(run: TrainedRun) -> dict[int, list[list[int]]]:
     """Neighbours of --neighbours, as tokens by index of the chunk; what is too long for the model is cut off."""
     if not _NEIGHBOURS.value:
@@ -269,23 +252,6 @@ def _given(run: TrainedRun) -> dict[int, list[list[int]]]:
         raise UserError(f'{_NEIGHBOURS.value}: expected JSON as {{"1": ["text of a neighbour", …], …}}') from None
     length = run.config.model.neighbour_length
     return {chunk: [run.tokenizer.encode(text)[:length] for text in neighbours] for chunk, neighbours in texts.items()}
-
-
-def _open_database(run: TrainedRun) -> "LiveDatabase | None":
-    if not _DATABASE.value:
-        if _EMBEDDER.value:
-            raise UserError("--embedder is of use only with --database")
-        return None
-    if not _EMBEDDER.value:
-        raise UserError("sampling with --database needs --embedder, the one the database was embedded with")
-    from retro_jax.retrieval.embedder import Embedder, EmbeddingSet
-    from retro_jax.retrieval.live import LiveDatabase
-
-    settings = EmbeddingSet(Path(_DATABASE.value) / "embeddings").manifest.settings["embedder"]
-    embedder = Embedder.load(_EMBEDDER.value, normalize=settings["normalize"], max_length=settings["max_length"])
-    database = LiveDatabase(_DATABASE.value, embedder)
-    run.check_tokenizer(database.tokenizer_fingerprint, _DATABASE.value)
-    return database
 
 
 def _found(chunks: Sequence[RetrievedChunk], database, run: TrainedRun) -> dict[str, Any]:

@@ -8,20 +8,6 @@ from small_run import K, M, error_line, run_program
 from tiny_bert import write_tiny_bert
 
 from retro_jax.data.corpus import Corpus
-from retro_jax.retrieval.embedder import Embedder, embed_corpus
-from retro_jax.retrieval.index_build import build_index
-
-
-@pytest.fixture(scope="module")
-def database(small_data, tmp_path_factory):
-    """The small database made searchable with a random BERT; gives (database, embedder)."""
-    bert = write_tiny_bert(tmp_path_factory.mktemp("bert"))
-    embedder = Embedder.load(bert, normalize=False, max_length=32)
-    embed_corpus(Corpus(small_data.database / "corpus"), embedder, small_data.database / "embeddings")
-    from retro_jax.retrieval.embedder import EmbeddingSet
-
-    build_index(EmbeddingSet(small_data.database / "embeddings"), small_data.database / "index")
-    return small_data.database, bert
 
 
 def test_a_sample_shows_the_neighbours_of_each_complete_chunk(database, finished_run, tmp_path):
@@ -119,7 +105,7 @@ def test_mistakes_are_named_in_one_line(database, finished_run, finished_baselin
     def mistake(*flags, workdir=finished_run):
         return error_line("launch/sample.py", f"--workdir={workdir}", "--prompt=x", *flags)
 
-    assert "needs --embedder" in mistake(f"--database={directory}")
+    assert "need --embedder" in mistake(f"--database={directory}")
     assert "goes without --database" in mistake(f"--database={directory}", "--service=127.0.0.1:1")
     assert "127.0.0.1:1: UNAVAILABLE" in mistake("--service=127.0.0.1:1")
     assert "top_p 0.0 must be above 0" in mistake("--top_p=0")
