@@ -173,6 +173,7 @@ def benchmark_sample() -> None:
 
 
 def benchmark_embedding() -> None:
+    peers = _names(_EMBEDDING_PEERS.value, embedding.PEERS)
     checkpoint = resolve_embedder(_required(_EMBEDDER))
     with tempfile.TemporaryDirectory() as directory:
         if _EMBEDDER_SHAPE.value:
@@ -186,7 +187,7 @@ def benchmark_embedding() -> None:
         for line in embedding.embedding_lines(
             checkpoint,
             texts,
-            peers=_names(_EMBEDDING_PEERS.value, embedding.PEERS),
+            peers=peers,
             peer_python=_PEER_PYTHON.value,
             cores=_CORES.value,
             turns=_ROUNDS.value or 3,
