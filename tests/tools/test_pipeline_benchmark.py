@@ -1,4 +1,4 @@
-"""The benchmarks of the whole pipeline and of the service, on a database of a few documents."""
+"""The benchmark of the whole pipeline, on a few documents."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ from retro_jax.data.tokenizer import train_tokenizer
 from retro_jax.errors import UserError
 
 sys.path.insert(0, str(ROOT / "tools"))
-from benchmarks import pipeline, service_overhead
+from benchmarks import pipeline
 
 STAGES = ["find_duplicates", "build_corpus", "embed_chunks", "build_index", "find_neighbours", "write_sequences"]
 
@@ -53,19 +53,6 @@ def test_the_pipeline_is_measured_stage_by_stage(measured):
     assert all(line["cpu_seconds"] > 0.1 and line["peak_memory_bytes"] > 2**25 and line["bytes"] for line in stages)
     source = SequenceSource(directory / "sequences")
     assert len(source) == stages[-1]["counts"]["sequences"] and source.schema.length == 128
-
-
-def test_the_service_is_measured_beside_the_library(measured):
-    directory = measured[0] / "database"
-    status, stdout, stderr = run_program("tools/benchmark.py", "service", f"--database={directory}", "--steps=4")
-    assert status == 0, stderr
-    lines = [json.loads(line) for line in stdout.splitlines()]
-    assert [(line["batch"], line["way"]) for line in lines] == [
-        (batch, way) for batch in service_overhead.BATCHES for way in ("library", "server")
-    ]
-    for library, server in zip(lines[::2], lines[1::2], strict=True):
-        assert library["overhead_ms"] == 0 < library["milliseconds"]
-        assert server["overhead_ms"] == pytest.approx(server["milliseconds"] - library["milliseconds"], abs=0.002)
 
 
 def test_what_cannot_be_measured_is_said(tmp_path):
