@@ -67,7 +67,7 @@ _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", None, "Vocabulary; default the 
 _LENGTH = flags.DEFINE_integer("length", None, "Tokens of a sequence; default 512.", lower_bound=64)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Sequences of a step; default 4.", lower_bound=1)
 _K = flags.DEFINE_integer("k", None, "Neighbours of a chunk; default 2.", lower_bound=1)
-_DTYPE = flags.DEFINE_list("dtype", ["float32"], "Compute dtypes of `train`, one after the other.")
+_DTYPE = flags.DEFINE_list("dtype", ["float32"], "Compute dtypes, one after the other; `pipeline` takes one.")
 _REMAT = flags.DEFINE_string("remat", None, "What the backward pass computes again; default the preset's.")
 _POSITIONS = flags.DEFINE_string("positions", None, "transformer_xl or rope; default the preset's.")
 _MICROBATCHES = flags.DEFINE_integer("microbatches", 1, "Parts that a batch is computed in.", lower_bound=1)
@@ -245,6 +245,7 @@ def benchmark_pipeline() -> None:
             length=_LENGTH.value or 2048,
             k=_value("k"),
             workers=_WORKERS.value,
+            compute_dtype=_DTYPE.value[0],
         ):
             _report(line)
 

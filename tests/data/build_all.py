@@ -44,14 +44,15 @@ def make_embeddings(corpus: Corpus, directory: Path) -> None:
     inputs = {"corpus": corpus.fingerprint, "tokenizer": corpus.tokenizer_fingerprint}
     sizes = np.diff(corpus.shard_offsets).tolist()
     with Stage(directory, "embeddings", settings=settings, inputs=inputs) as stage:
+        if stage.complete:
+            return
         for i, size in enumerate(sizes):
             name = shard_name("embeddings", i, len(sizes), ".npy")
             if not stage.has(name):
                 vectors = np.random.default_rng(i).normal(size=(size, DIMENSION)).astype(np.float32)
                 with stage.shard(name) as (path, _), open(path, "wb") as file:
                     np.save(file, vectors)
-        if not stage.complete:
-            stage.finish({"chunks": corpus.num_chunks, "empty": 0, "cut": 0})
+        stage.finish({"chunks": corpus.num_chunks, "empty": 0, "cut": 0})
 
 
 if __name__ == "__main__":

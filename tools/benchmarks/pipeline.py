@@ -24,6 +24,7 @@ def pipeline_lines(
     k: int = 2,
     neighbours: int = 16,
     workers: int = 1,
+    compute_dtype: str = "float32",
 ) -> Iterator[dict[str, Any]]:
     """Runs the stages one after the other; a line each when it is done, and one of the whole.
 
@@ -36,6 +37,7 @@ def pipeline_lines(
       length, k: of the sequences.
       neighbours: found for every chunk.
       workers: processes of the stages that run on Beam.
+      compute_dtype: of the embedder's products.
 
     Raises:
       UserError: something is in `output`, or a stage fails.
@@ -52,9 +54,10 @@ def pipeline_lines(
         corpus.append(f"--exclusions={output / 'duplicates'}")
     read, searched = f"--corpus={database / 'corpus'}", f"--database={database}"
     found = f"--neighbours={output / 'neighbours'}"
+    embedding = [f"--embedder={embedder}", "--normalize", f"--compute_dtype={compute_dtype}"]
     stages += [
         (database / "corpus", corpus),
-        (database / "embeddings", ["embed_chunks", read, f"--embedder={embedder}", "--normalize"]),
+        (database / "embeddings", ["embed_chunks", read, *embedding]),
         (database / "index", ["build_index", f"--embeddings={database / 'embeddings'}", *beam]),
         (output / "neighbours", ["find_neighbours", read, searched, f"--k={neighbours}", *beam]),
         (output / "sequences", ["write_sequences", read, searched, found, f"--length={length}", f"--k={k}", *beam]),
@@ -75,6 +78,7 @@ def pipeline_lines(
         "benchmark": "pipeline",
         "stage": "all",
         "workers": workers,
+        "compute_dtype": compute_dtype,
         "cores": len(os.sched_getaffinity(0)),
         "bytes_of_text": counts["bytes"],
         "tokens": counts["tokens"],
