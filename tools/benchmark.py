@@ -21,6 +21,7 @@ the real ones made of them. `service` asks a database by gRPC and in this proces
 text to TFRecords. Without a name `train` and `data` run.
 """
 
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -56,6 +57,7 @@ from retro_jax.data.records import SequenceSchema
 from retro_jax.errors import UserError
 from retro_jax.retrieval.checkpoints import resolve_embedder
 from retro_jax.retrieval.embedder import EmbeddingSet, chunk_texts
+from retro_jax.retrieval.index_settings import IndexSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 # What changes the speed without being in a configuration; both sides of a comparison get it.
@@ -97,6 +99,7 @@ _EMBEDDING_PEERS = flags.DEFINE_list("embedding_peers", [*embedding.PEERS], "Eng
 _EMBEDDINGS = flags.DEFINE_string("embeddings", None, "Embeddings directory that is searched.")
 _VECTORS = flags.DEFINE_list("vectors", None, "Vectors in the index, one number after the other; default 100000.")
 _SEARCH_PEERS = flags.DEFINE_list("search_peers", None, "Engines beside ours; default all, for `growth` one.")
+_INDEX_SETTINGS = flags.DEFINE_string("index_settings", None, "JSON file of tools/tune_index.py; default the rules.")
 _PLOTS = flags.DEFINE_string("plots", None, "Directory for recall.png of `retrieval`, growth.png of `growth`.")
 _DATABASE = flags.DEFINE_string("database", None, "Database that `service` asks.")
 _INPUT = flags.DEFINE_list("input", None, "Documents of `pipeline`: files or glob patterns.")
@@ -216,7 +219,7 @@ def _search(sizes: list[int], peers: Sequence[str], *, synthetic: bool) -> list[
         sizes,
         peers=chosen,
         peer_python=_PEER_PYTHON.value,
-        settings={"kind": "tree"},
+        settings=_index_settings(),
         cores=_CORES.value or 1,
         turns=_ROUNDS.value or 3,
         synthetic=synthetic,
@@ -224,6 +227,13 @@ def _search(sizes: list[int], peers: Sequence[str], *, synthetic: bool) -> list[
         lines.append(line)
         _report(dict(line))
     return lines
+
+
+def _index_settings() -> dict[str, Any]:
+    """Of our index: those of a file, else the rules', as a tree also where there are few vectors."""
+    if not _INDEX_SETTINGS.value:
+        return {"kind": "tree"}
+    return dataclasses.asdict(IndexSettings.load(_INDEX_SETTINGS.value))
 
 
 def benchmark_service() -> None:

@@ -29,25 +29,7 @@ QUERIES = 2048
 GROWTH = (10_000, 31_600, 100_000, 316_000, 1_000_000)
 _DEPTHS = (12, 16, 32)
 _BLOCK = 65_536  # vectors made at once
-_LEAVES_SHARE = (
-    0.0025,
-    0.005,
-    0.0075,
-    0.01,
-    0.0125,
-    0.015,
-    0.02,
-    0.025,
-    0.03,
-    0.04,
-    0.05,
-    0.07,
-    0.1,
-    0.15,
-    0.2,
-    0.4,
-    1.0,
-)
+_LEAVES_SHARE = (*np.geomspace(0.0025, 0.1, 32), 0.15, 0.2, 0.4, 1.0)
 
 
 def environment(python: str | None, home: Path = HOME) -> str:
@@ -130,9 +112,8 @@ def best(points: Sequence[dict[str, Any]], goal: float) -> dict[str, Any]:
 def _sweep(leaves: int, settings: dict[str, Any]) -> list[list[int]]:
     """Leaves to search and candidates to rescore, from little work to much."""
     searched = sorted({max(1, math.ceil(share * leaves)) for share in _LEAVES_SHARE})
-    return [
-        [each, depth] for each in searched for depth in ([settings["reorder"]] if "reorder" in settings else _DEPTHS)
-    ]
+    depths = [settings["reorder"]] if settings.get("reorder") else _DEPTHS
+    return [[each, depth] for each in searched for depth in depths]
 
 
 def _over_turns(turns: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
