@@ -17,7 +17,7 @@ from absl import flags
 from retro_jax.program import beam_options, define_beam_flags, run
 from retro_jax.retrieval.embedder import EmbeddingSet
 from retro_jax.retrieval.index_build import MIN_RECALL, build_index
-from retro_jax.retrieval.index_settings import CENTROID_TYPES, KINDS, RESCORINGS, IndexSettings
+from retro_jax.retrieval.index_settings import KINDS, RESCORINGS, IndexSettings
 
 _EMBEDDINGS = flags.DEFINE_string("embeddings", None, "embeddings directory", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "index directory to write", required=True)
@@ -35,7 +35,6 @@ _NUM_LEAVES = flags.DEFINE_integer("num_leaves", None, "leaves of the tree; defa
 _LEAVES_TO_SEARCH = flags.DEFINE_integer("leaves_to_search", None, "leaves a query visits; default: measured")
 _REORDER = flags.DEFINE_integer("reorder", None, "candidates rescored; default: by rule")
 _RESCORE = flags.DEFINE_enum("rescore", None, RESCORINGS, "what candidates are rescored in; bfloat16: half the memory")
-_CENTROIDS = flags.DEFINE_enum("centroids", None, CENTROID_TYPES, "type in which leaves are chosen; default: by rule")
 _DIMENSIONS = flags.DEFINE_integer("dimensions_per_block", None, "components that share a 4-bit code; default: by rule")
 _SPILL = flags.DEFINE_float("spill", None, "weight of a second leaf for every vector (SOAR), 0: none; default: by rule")
 define_beam_flags()

@@ -32,7 +32,6 @@ BUILD_MEMORY = 32 * 10**9
 KINDS = ("auto", "brute_force", "tree")
 SCORES = ("dot_product", "squared_l2")
 RESCORINGS = ("float32", "bfloat16")
-CENTROID_TYPES = ("float32", "int8")
 _MIN_TREE_VECTORS = 64  # fewer cannot train 16 codes a block and leaves
 _MOST_CODES = 256  # of a vector, for ScaNN's quick path
 
@@ -50,7 +49,6 @@ class IndexSettings:
       rescore: "float32", or "bfloat16", which halves the memory and rounds the distances (to 1e-3 of length 1).
       dimensions_per_block: components that share a 4-bit code.
       spill: weight with which every vector is put into a second leaf (SOAR); 0 for one leaf. Needs the dot product.
-      centroids: "float32", or "int8", type in which a query is compared with the centres of the leaves.
       training_sample: vectors that leaves and codes are learnt from.
     """
 
@@ -62,7 +60,6 @@ class IndexSettings:
     rescore: str | None = None
     dimensions_per_block: int | None = None
     spill: float | None = None
-    centroids: str | None = None
     training_sample: int = 100_000
 
     @classmethod
@@ -115,7 +112,6 @@ class IndexSettings:
             rescore=self.rescore or ("bfloat16" if inner else "float32"),
             dimensions_per_block=min(dimension, self.dimensions_per_block or max(2, -(-dimension // _MOST_CODES))),
             spill=float(inner) if self.spill is None else self.spill,
-            centroids=self.centroids or ("int8" if inner else "float32"),
             training_sample=min(self.training_sample, n),
         )
 
@@ -125,10 +121,9 @@ class IndexSettings:
         Raises:
           UserError: naming the setting.
         """
-        choices = {"kind": KINDS, "score": SCORES, "rescore": RESCORINGS, "centroids": CENTROID_TYPES}
-        for name, allowed in choices.items():
-            if (value := getattr(self, name)) not in allowed and (value is not None or name == "kind"):
-                raise UserError(f"{name} {value!r} is not one of {', '.join(allowed)}")
+        for name, allowed in (("kind", KINDS), ("score", (None, *SCORES)), ("rescore", (None, *RESCORINGS))):
+            if (value := getattr(self, name)) not in allowed:
+                raise UserError(f"{name} {value!r} is not one of {', '.join(filter(None, allowed))}")
         for name in ("num_leaves", "leaves_to_search", "reorder", "dimensions_per_block", "training_sample"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, is {value}")

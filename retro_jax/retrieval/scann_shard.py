@@ -62,7 +62,6 @@ class ScannShard:
             settings.leaves_to_search or settings.num_leaves,
             training_sample_size=settings.training_sample,
             soar_lambda=settings.spill or None,
-            quantize_centroids=settings.centroids == "int8",
         )
         # The anisotropic loss favours large inner products; under L2 it costs recall, NaN switches it off.
         builder = builder.score_ah(

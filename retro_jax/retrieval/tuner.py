@@ -91,7 +91,6 @@ class Tuner:
         variations = [{"num_leaves": round(rules.num_leaves * factor)} for factor in LEAVES]
         if rules.score == "dot_product":
             variations += [{"spill": value} for value in SPILLS]
-            variations += [{"centroids": "float32" if rules.centroids == "int8" else "int8"}]
         variations += [{"dimensions_per_block": value} for value in DIMENSIONS]
         variations += [{"rescore": "float32" if rules.rescore == "bfloat16" else "bfloat16"}]
         for variation in variations:

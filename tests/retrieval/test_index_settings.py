@@ -12,13 +12,12 @@ def test_kind_and_sizes_follow_the_number_of_vectors():
     assert IndexSettings().resolve(20_000, 16, unit=False).kind == "brute_force"
     made = IndexSettings().resolve(100_000, 384, unit=True)
     assert (made.kind, made.score, made.dimensions_per_block) == ("tree", "dot_product", 2)
-    assert (made.num_leaves, made.spill, made.rescore, made.centroids) == (632, 1.0, "bfloat16", "int8")
+    assert (made.num_leaves, made.spill, made.rescore) == (632, 1.0, "bfloat16")
     assert made.leaves_to_search is None  # measured
     assert IndexSettings(spill=0).resolve(100_000, 384, unit=True).spill == 0
     assert IndexSettings().resolve(100_000, 768, unit=True).dimensions_per_block == 3
     made = IndexSettings().resolve(100_000, 384, unit=False)
     assert (made.score, made.num_leaves, made.spill, made.rescore) == ("squared_l2", 316, 0.0, "float32")
-    assert made.centroids == "float32"
     assert IndexSettings(kind="brute_force").resolve(10**6, 16, unit=True).kind == "brute_force"
     made = IndexSettings(num_leaves=50, leaves_to_search=70, reorder=9).resolve(30_000, 16, unit=False)
     assert (made.num_leaves, made.leaves_to_search, made.reorder) == (50, 50, 9)
@@ -31,7 +30,6 @@ def test_kind_and_sizes_follow_the_number_of_vectors():
     [
         ({"kind": "graph"}, True, "kind 'graph' is not one of auto, brute_force, tree"),
         ({"rescore": "int8"}, True, "rescore 'int8' is not one of"),
-        ({"centroids": "int4"}, True, "centroids 'int4' is not one of float32, int8"),
         ({"kind": "tree", "num_leaves": 0}, True, "num_leaves must be at least 1"),
         ({"kind": "tree", "num_leaves": 51}, True, "num_leaves 51 is too many for 100 vectors; at most 50"),
         ({"score": "dot_product"}, False, "needs vectors of length 1"),
