@@ -7,7 +7,7 @@ The rules, in one place (n: vectors of a shard, d: their components):
 | shards | as few as hold the vectors when building one may take `BUILD_MEMORY` bytes |
 | kind | brute force up to 20,000 vectors, a tree of product codes above |
 | score | inner product where all vectors have length 1 (the same order, and better codes), else squared L2 |
-| leaves | 2 sqrt(n) with the inner product, sqrt(n) with L2 |
+| leaves | 1.4 sqrt(n) with the inner product, sqrt(n) with L2 |
 | centres of leaves | with the inner product by the anisotropic loss, eta 4 |
 | second leaves | with the inner product every vector is in two leaves (SOAR, weight 1) |
 | components a code | 2; as many more as keep a vector at 256 codes, above which ScaNN is slow |
@@ -15,9 +15,9 @@ The rules, in one place (n: vectors of a shard, d: their components):
 | rescored | 24 candidates, or 48, 96, ... where that does not reach it; 4k at a search of k when that is more |
 | rescored in | bfloat16 with the inner product (half the memory), float32 with L2 |
 
-Measured on 94,000 chunks of text, 384 components of length 1, one core of a machine that others used too, recall@2 of
-0.951 to 0.954: 17,000 queries a second at best in one leaf, float32 and sqrt(n) leaves; in two leaves and bfloat16
-18,000 with 1.3 sqrt(n) leaves and 21,000 with 2 sqrt(n). tools/tune_index.py measures it for a database and a machine.
+Measured on 98,000 chunks of text, 384 components of length 1, CPU time of one core, recall@2 of 0.952 to 0.957: 46
+microseconds a query with 2 sqrt(n) leaves learnt by k-means alone, 41 with 1.3 sqrt(n) and eta 4, 41.5 with 1.6 sqrt(n)
+and eta 8. tools/tune_index.py measures it for a database and a machine.
 """
 
 import dataclasses
@@ -34,6 +34,7 @@ KINDS = ("auto", "brute_force", "tree")
 SCORES = ("dot_product", "squared_l2")
 RESCORINGS = ("float32", "bfloat16")
 _MIN_TREE_VECTORS = 64  # fewer cannot train 16 codes a block and leaves
+_LEAVES = 1.4
 _LEAF_ETA = 4.0
 _MOST_CODES = 256  # of a vector, for ScaNN's quick path
 
@@ -106,7 +107,7 @@ class IndexSettings:
             raise UserError(f"a tree needs at least {_MIN_TREE_VECTORS} vectors, there are {n}; use kind brute_force")
         score = self.score or ("dot_product" if unit else "squared_l2")
         inner = score == "dot_product"
-        num_leaves = self.num_leaves or round((2 if inner else 1) * math.sqrt(n))
+        num_leaves = self.num_leaves or round((_LEAVES if inner else 1) * math.sqrt(n))
         if num_leaves > n // 2:
             raise UserError(f"num_leaves {num_leaves} is too many for {n} vectors; at most {n // 2}")
         return dataclasses.replace(

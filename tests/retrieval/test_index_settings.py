@@ -12,7 +12,7 @@ def test_kind_and_sizes_follow_the_number_of_vectors():
     assert IndexSettings().resolve(20_000, 16, unit=False).kind == "brute_force"
     made = IndexSettings().resolve(100_000, 384, unit=True)
     assert (made.kind, made.score, made.dimensions_per_block) == ("tree", "dot_product", 2)
-    assert (made.num_leaves, made.spill, made.leaf_eta, made.rescore) == (632, 1.0, 4.0, "bfloat16")
+    assert (made.num_leaves, made.spill, made.leaf_eta, made.rescore) == (443, 1.0, 4.0, "bfloat16")
     assert made.leaves_to_search is None  # measured
     assert IndexSettings(spill=0).resolve(100_000, 384, unit=True).spill == 0
     assert IndexSettings().resolve(100_000, 768, unit=True).dimensions_per_block == 3
