@@ -17,9 +17,9 @@ gives our step beside that of the baseline with the same decoder, or, with --pee
 at the same shapes (in an environment that is made on first use); the last line then has the ratios. `data` reads from
 a cold start, --sequences or synthetic ones. `sample` generates with random neighbours or those of --database, beside
 the same peer if asked. `embedding` turns the texts of chunks into vectors with our BERT, onnxruntime and torch.
-`retrieval` searches real embeddings with our index and with FAISS and hnswlib; `growth` does so from 10,000 to a million
-vectors, those beyond the real ones made of them. `service` asks a database by gRPC and in this process. `pipeline` runs
-the programs from text to TFRecords. Without a name `train` and `data` run.
+`retrieval` searches real embeddings with our index and with FAISS and hnswlib; `growth` does so from 10,000 to a
+million vectors, those beyond the real ones made of them. `service` asks a database by gRPC and in this process.
+`pipeline` runs the programs from text to TFRecords. Without a name `train` and `data` run.
 """
 
 import dataclasses
