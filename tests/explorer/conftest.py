@@ -22,13 +22,9 @@ from retro_jax.training.state import plan_model
 from retro_jax.training.trained import TrainedRun
 
 
-@pytest.fixture(autouse=True, scope="session")
-def quick():
-    """Compiling dominates these tests; what the compiler's optimiser does is not their subject."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+@pytest.fixture(autouse=True, scope="module")
+def quick(quick_compilation):
+    """For all tests of this folder."""
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +35,7 @@ def library(tmp_path_factory) -> Library:
 
 
 @pytest.fixture(scope="session")
-def make_explorer(library, quick):
+def make_explorer(library):
     mesh = create_mesh(MeshConfig(fsdp=1), devices=jax.devices()[:1])
     _, params = nnx.split(Retro(MODEL, rngs=nnx.Rngs(5)))
     params = jax.tree.map(lambda leaf: leaf * 4, params)
