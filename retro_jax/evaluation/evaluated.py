@@ -1,9 +1,9 @@
 """A set of documents to evaluate on: its corpus, the neighbours of its chunks, and what is asked about them.
 
-    SET/corpus              the corpus stage
-    SET/neighbours          the neighbours stage in the database; only for what retrieves
-    SET/documents.jsonl     the text it was made from; only where documents say more than their text:
-                            "completion" the end of the text that is asked for, "words" its words in the original
+SET/corpus              the corpus stage
+SET/neighbours          the neighbours stage in the database; only for what retrieves
+SET/documents.jsonl     the text it was made from; only where documents say more than their text:
+                        "completion" the end of the text that is asked for, "words" its words in the original
 """
 
 import dataclasses
