@@ -14,6 +14,8 @@ import numpy as np
 from retro_jax.data.corpus import Corpus
 from retro_jax.evaluation.losses import TokenLosses, text_tokens
 
+_CHUNKS_AT_ONCE = 65_536
+
 
 @dataclasses.dataclass(frozen=True)
 class Score:
@@ -95,18 +97,17 @@ def document_scores(losses: TokenLosses, counted: np.ndarray | None = None) -> D
         stay, with zeros.
     """
     corpus = losses.corpus
-    bytes_of = corpus.tokenizer.token_bytes
-    nats, tokens, size, keys = (np.zeros(corpus.num_documents, kind) for kind in (float, np.int64, np.int64, np.int64))
-    for document in range(corpus.num_documents):
-        first, chunks = corpus.document_range(document)
-        rows = slice(first, first + chunks)
-        text = corpus.tokens(np.arange(first, first + chunks))
-        chosen = text_tokens(text) if counted is None else text_tokens(text) & counted[rows]
-        nats[document] = losses.nats[rows][chosen].sum(dtype=np.float64)
-        tokens[document] = chosen.sum()
-        size[document] = bytes_of[text[chosen]].sum()
-        keys[document] = corpus.document_keys(first)
-    return DocumentScores(nats, tokens, size, keys)
+    count, bytes_of = corpus.num_documents, corpus.tokenizer.token_bytes
+    nats, tokens, size = np.zeros(count), np.zeros(count), np.zeros(count)
+    for first in range(0, corpus.num_chunks, _CHUNKS_AT_ONCE):
+        ids = np.arange(first, min(first + _CHUNKS_AT_ONCE, corpus.num_chunks))
+        text = corpus.tokens(ids)
+        chosen = text_tokens(text) if counted is None else text_tokens(text) & counted[ids]
+        documents = corpus.document_index(ids)
+        for total, values in ((nats, losses.nats[ids]), (tokens, 1), (size, bytes_of[text])):
+            total += np.bincount(documents, np.where(chosen, values, 0).sum(axis=1, dtype=np.float64), count)
+    firsts = np.array([corpus.document_range(document)[0] for document in range(count)], np.int64)
+    return DocumentScores(nats, tokens.astype(np.int64), size.astype(np.int64), corpus.document_keys(firsts))
 
 
 def document_groups(corpus: Corpus, key: str | None) -> list[str]:

@@ -109,10 +109,10 @@ def completion_scores(losses: TokenLosses, marked: np.ndarray) -> CompletionScor
     )
 
 
-def padded_completion_scores(
+def padded_losses(
     forward: Forward, corpus: Corpus, marked: np.ndarray, *, window: int, database: Database | None = None, k: int = 2
-) -> CompletionScores:
-    """Scores completions with their contexts padded on the left to end at a chunk boundary (spec section 12.1).
+) -> TokenLosses:
+    """Losses of completions when their contexts are padded on the left to end at a chunk boundary (spec section 12.1).
 
     So the last chunk of the context, whole, retrieves what the completion's first chunk can use. Contexts longer than
     the window less a chunk lose their beginning.
@@ -124,6 +124,9 @@ def padded_completion_scores(
       database: opened with its embedder; None: RETRO[OFF] or a baseline.
       k: neighbours of each chunk.
 
+    Returns:
+      losses of the completions' tokens alone, 0 everywhere else.
+
     Raises:
       UserError: a completion longer than a chunk.
     """
@@ -132,18 +135,19 @@ def padded_completion_scores(
     rows = [_padded_row(corpus, marked, int(document), window) for document in documents]
     retrieved = None
     if database is not None:
-        chunks = [tokens[:context].reshape(-1, M) for tokens, context in rows]
+        chunks = [row.tokens[: row.context].reshape(-1, M) for row in rows]
         ends = np.cumsum([0, *(len(own) for own in chunks)])
         retrieved = database.retrieve(np.concatenate(chunks), k).tokens
-    nats, correct = np.zeros(len(rows)), np.zeros(len(rows), bool)
-    order = sorted(range(len(rows)), key=lambda row: len(rows[row][0]))
+    nats = np.zeros(marked.shape, np.float32)
+    best = np.full(marked.shape, -1, np.int32)
+    order = sorted(range(len(rows)), key=lambda row: len(rows[row].tokens))
     with Progress("completions, padded", total=len(rows), unit="texts") as progress:
         for start in range(0, len(rows), forward.batch_size):
             places = order[start : start + forward.batch_size]
-            length = max(-(-len(rows[place][0]) // M) for place in places) * M
+            length = max(-(-len(rows[place].tokens) // M) for place in places) * M
             tokens = np.full((len(places), length), PAD_ID, np.int32)
             for row, place in enumerate(places):
-                tokens[row, : len(rows[place][0])] = rows[place][0]
+                tokens[row, : len(rows[place].tokens)] = rows[place].tokens
             labels = np.concatenate([tokens[:, 1:], np.full((len(places), 1), PAD_ID, np.int32)], axis=1)
 
             def neighbours(wanted: Sequence[int], places: Sequence[int] = places, length: int = length) -> np.ndarray:
@@ -155,24 +159,31 @@ def padded_completion_scores(
 
             outputs = forward(tokens, labels, None if retrieved is None else neighbours)
             for row, place in enumerate(places):
-                text, context = rows[place]
-                asked = slice(context - 1, len(text) - 1)
-                nats[place] = outputs.nats[row, asked].sum(dtype=np.float64)
-                correct[place] = (outputs.best[row, asked] == labels[row, asked]).all()
+                one = rows[place]
+                asked = slice(one.context - 1, len(one.tokens) - 1)
+                nats[one.chunks, one.places] = outputs.nats[row, asked]
+                best[one.chunks, one.places] = outputs.best[row, asked]
             progress.update(len(places))
-    bytes_of = corpus.tokenizer.token_bytes
-    firsts = np.array([corpus.document_range(int(document))[0] for document in documents])
-    return CompletionScores(
-        nats,
-        np.array([len(tokens) - context for tokens, context in rows]),
-        np.array([bytes_of[tokens[context:]].sum() for tokens, context in rows]),
-        correct,
-        corpus.document_keys(firsts),
-    )
+    return TokenLosses(corpus, nats, best)
 
 
-def _padded_row(corpus: Corpus, marked: np.ndarray, document: int, window: int) -> tuple[np.ndarray, int]:
-    """Tokens of a document, PAD before them, up to the end of its completion, and where the completion begins."""
+@dataclasses.dataclass(frozen=True)
+class _PaddedRow:
+    """A context and its completion.
+
+    Attributes:
+      tokens: [n] int32, padding before them.
+      context: place of the completion's first token, a multiple of the chunk length.
+      chunks, places: [completion's tokens], where these stand in the corpus.
+    """
+
+    tokens: np.ndarray
+    context: int
+    chunks: np.ndarray
+    places: np.ndarray
+
+
+def _padded_row(corpus: Corpus, marked: np.ndarray, document: int, window: int) -> _PaddedRow:
     M = corpus.chunk_length
     first, chunks = corpus.document_range(document)
     tokens = corpus.tokens(np.arange(first, first + chunks)).reshape(-1)
@@ -181,4 +192,5 @@ def _padded_row(corpus: Corpus, marked: np.ndarray, document: int, window: int) 
         raise UserError(f"{corpus.directory}: a completion of {len(asked)} tokens is longer than a chunk of {M}")
     context = tokens[: asked[0]][-(window - M) :]
     padding = np.full(-len(context) % M, PAD_ID, np.int32)
-    return np.concatenate([padding, context, tokens[asked]]), len(padding) + len(context)
+    row = np.concatenate([padding, context, tokens[asked]])
+    return _PaddedRow(row, len(padding) + len(context), first + asked // M, asked % M)
