@@ -31,8 +31,7 @@ from retro_jax.training.trained import TrainedRun
 # As in the paper's table 14; the database's share of its documents is halved down to a thirty-second.
 KS = (1, 2, 3, 4, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100)
 SHARES = (1.0, 0.5, 0.25, 0.125, 0.0625, 0.03125)
-RETRIEVING = ("on", "shuffled")
-MODES = ("off", *RETRIEVING)
+MODES = ("off", "on", "shuffled")
 
 
 class Method(Protocol):
@@ -152,11 +151,11 @@ class Suite:
         rows: list[dict[str, Any]] = []
         for model in models:
             for mode in self._modes(examined, model):
-                label, k = _label(model, mode), self._settings.k if mode in RETRIEVING else 0
+                label, k = _label(model, mode), self._settings.k if _retrieves(mode) else 0
                 scored[label] = self._losses(examined, model, mode)
                 rows.append({"label": label, "model": model.name, "method": mode, "k": k})
-                needs_database = mode in RETRIEVING
-                if examined.completions is not None and mode != "shuffled" and (self._database or not needs_database):
+                can_pad = mode in ("baseline", "off") or (mode == "on" and self._database is not None)
+                if examined.completions is not None and can_pad:
                     padded[label] = self._padded_losses(examined, model, mode)
             for method in self._methods.get(model.name, ()):
                 label = _label(model, method.name)
@@ -178,9 +177,11 @@ class Suite:
     def _modes(self, examined: Examined, model: Model) -> Sequence[str]:
         if model.is_baseline:
             return ("baseline",)
-        if examined.evaluated.neighbours is None:
+        evaluated = examined.evaluated
+        if evaluated.neighbours is None:
             return ("off",)
-        return MODES if examined.evaluated.corpus.num_documents > 1 else MODES[:2]
+        modes = MODES if evaluated.corpus.num_documents > 1 else MODES[:2]
+        return (*modes, *(f"on-{name}" for name in evaluated.alternatives))
 
     def _sweeps(self, examined: Examined, model: Model) -> Iterator[dict[str, Any]]:
         """bpb against the neighbours fed and against the share of the database, with the difference from OFF."""
@@ -236,12 +237,13 @@ class Suite:
         described: dict[str, Any] = {"mode": mode, "window": settings.window, "stride": settings.stride}
         inputs = {"model": self._identity(model)}
         name, neighbourhood = f"{_label(model, mode)}-step{model.run.step}", None
-        if mode in RETRIEVING:
+        if _retrieves(mode):
+            table = evaluated.alternatives.get(mode.removeprefix("on-"), evaluated.neighbours)
             neighbourhood = Neighbourhood(
-                evaluated.neighbours, evaluated.database, k or settings.k, shuffled=mode == "shuffled", share=share
+                table, evaluated.database, k or settings.k, shuffled=mode == "shuffled", share=share
             )
             described |= {"k": neighbourhood.k, "share": share}
-            inputs["neighbours"] = evaluated.neighbours.fingerprint
+            inputs["neighbours"] = table.fingerprint
             name += f"-k{neighbourhood.k}" + (f"-share{share:g}" if share < 1 else "")
 
         def compute() -> TokenLosses:
@@ -272,7 +274,7 @@ class Suite:
     def _padded_losses(self, examined: Examined, model: Model, mode: str) -> TokenLosses:
         settings: dict[str, Any] = {"mode": mode, "window": self._settings.window, "alignment": "padded"}
         inputs = {"model": self._identity(model)}
-        database = self._database if mode in RETRIEVING else None
+        database = self._database if mode == "on" else None
         if database is not None:
             settings["k"] = self._settings.k
             inputs["database"] = database.fingerprint
@@ -288,7 +290,9 @@ class Suite:
             )
 
         corpus = examined.evaluated.corpus
-        directory = self._work / "losses" / examined.evaluated.name / f"{_label(model, mode)}-padded"
+        directory = (
+            self._work / "losses" / examined.evaluated.name / f"{_label(model, mode)}-step{model.run.step}-padded"
+        )
         return kept_losses(directory, corpus, compute, settings=settings, inputs=inputs)
 
     def _forward(self, model: Model) -> Forward:
@@ -325,6 +329,10 @@ def check_names(names: Sequence[str], what: str) -> None:
     repeated = [name for name in names if names.count(name) > 1]
     if repeated:
         raise UserError(f"{what} {repeated[0]!r} is there twice; give each its own name")
+
+
+def _retrieves(mode: str) -> bool:
+    return mode not in ("baseline", "off")
 
 
 def _label(model: Model, method: str) -> str:
