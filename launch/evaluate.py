@@ -15,6 +15,11 @@ alignments, comparison methods on the baseline, sweeps over neighbours, database
 for all differences. It writes results.json, results.md, results.html and plots/, and goes on where it was stopped.
 """
 
+import json
+import shlex
+import sys
+from pathlib import Path
+
 from absl import flags
 
 from retro_jax import program
@@ -23,17 +28,21 @@ from retro_jax.data.stage import write_json
 from retro_jax.data.text import METADATA_KEYS
 from retro_jax.errors import UserError
 from retro_jax.evaluation.bits_per_byte import document_groups, document_scores
+from retro_jax.evaluation.evaluated import Evaluated
+from retro_jax.evaluation.figures import Examined
 from retro_jax.evaluation.forward import Forward
 from retro_jax.evaluation.losses import collect
 from retro_jax.evaluation.neighbourhood import Neighbourhood
 from retro_jax.evaluation.passes import scored_spans
+from retro_jax.evaluation.provenance import made_with
+from retro_jax.evaluation.suite import KS, MODES, SHARES, Method, Model, Settings, Suite, check_names
+from retro_jax.evaluation.suite_report import side_by_side, write_report
 from retro_jax.evaluation.table import format_table
 from retro_jax.parallel import hosts
+from retro_jax.retrieval.database import Database
 from retro_jax.retrieval.neighbours import NeighbourTable
 from retro_jax.retrieval.segments import DatabaseCorpus
 from retro_jax.training.trained import TrainedRun, load_trained
-
-MODES = ("off", "on", "shuffled")
 
 _WORKDIR = flags.DEFINE_list("workdir", None, "Runs to evaluate, separated by commas.")
 _CORPUS = flags.DEFINE_string("corpus", None, "Corpus stage with the documents to score.")
@@ -54,7 +63,7 @@ _SWEEPS = flags.DEFINE_list("sweeps", [], "Suite: names of sets (of their direct
 _KS = flags.DEFINE_list("ks", [str(k) for k in KS], "Suite: numbers of neighbours to sweep over.")
 _SHARES = flags.DEFINE_list("shares", [str(share) for share in SHARES], "Suite: shares of the database to sweep over.")
 _STEPS = flags.DEFINE_list("steps", [], "Suite: earlier checkpoints to score on the swept sets.")
-_METHODS = flags.DEFINE_list("methods", [], f"Suite: comparison methods on the baseline, out of {', '.join(METHODS)}.")
+_METHODS = flags.DEFINE_list("methods", [], "Suite: comparison methods on the baseline (knn_lm, cache, ...).")
 _TUNING = flags.DEFINE_string("tuning", None, "Suite: directory of the set that methods are tuned on.")
 _EMBEDDER = flags.DEFINE_string("embedder", None, "Suite: of the database, for completions with padded contexts.")
 _COMPARE = flags.DEFINE_list("compare", [], "Suites' directories to lay side by side in --output; nothing is scored.")
@@ -165,8 +174,7 @@ def _run_suite() -> None:
         sets[evaluated.name] = Examined(directory, evaluated, k=settings.k)
     database = None
     if _EMBEDDER.value and _DATABASE.value:
-        embedder = load_embedder(_EMBEDDER.value, Path(_DATABASE.value))
-        database = Database.open(_DATABASE.value, embedder)
+        database = _searchable()
     suite = Suite(output, settings, sets, methods=_methods(models, settings, output, corpus), database=database)
     steps = [int(step) for step in _STEPS.value]
     earlier = [_model(workdir, step) for workdir in _WORKDIR.value for step in steps]
@@ -174,6 +182,15 @@ def _run_suite() -> None:
     command = f"python launch/evaluate.py {shlex.join(sys.argv[1:])}"
     facts = [*made_with().items(), ("seed of training", str(models[0].run.config.seed)), ("command", command)]
     print(f"The results: {write_report(output, 'Evaluation', results, facts=facts)}")
+
+
+def _searchable() -> Database:
+    """The database with its embedder."""
+    from retro_jax.retrieval.embedder import Embedder, EmbeddingSet
+
+    settings = EmbeddingSet(Path(_DATABASE.value) / "embeddings").manifest.settings["embedder"]
+    embedder = Embedder.load(_EMBEDDER.value, normalize=settings["normalize"], max_length=settings["max_length"])
+    return Database.open(_DATABASE.value, embedder)
 
 
 def _suite_settings(models: list[Model]) -> Settings:
@@ -199,11 +216,13 @@ def _methods(
     models: list[Model], settings: Settings, output: Path, database: DatabaseCorpus | None
 ) -> dict[str, list[Method]]:
     """The comparison methods, all on the first baseline."""
+    if not _METHODS.value:
+        return {}
+    from retro_jax.evaluation.methods import METHODS, MethodContext
+
     unknown = [name for name in _METHODS.value if name not in METHODS]
     if unknown:
         raise UserError(f"--methods: {unknown[0]!r} is none of {', '.join(METHODS)}")
-    if not _METHODS.value:
-        return {}
     if not models[0].is_baseline or database is None:
         raise UserError("--methods compare with a baseline over a database: give both in --workdir and --database")
     context = MethodContext(

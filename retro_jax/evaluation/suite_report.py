@@ -164,7 +164,7 @@ def _set_blocks(entry: Mapping[str, Any], drawn: set[str]) -> list[Block]:
     size = f"{entry['documents']:,} documents, {entry['bytes']:,} bytes, {entry['tokens']:,} tokens"
     leaked = entry.get("mean_leaked_share")
     if leaked is not None:
-        size += f"; a chunk has a run of {100 * leaked:.1f} % of its tokens in common with its nearest neighbours in the mean"
+        size += f"; on average {100 * leaked:.1f} % of a chunk is one run that its nearest neighbours hold too"
     blocks: list[Block] = [("heading", 2, name), ("text", size + "."), _scores_table(entry)]
     sources = list(rows[0]["parts"]["source"])
     if len(sources) > 1:
