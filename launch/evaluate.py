@@ -8,8 +8,6 @@ A baseline is evaluated as it is. A RETRO is evaluated OFF (no retrieval), ON, a
 documents (shuffled): when shuffled is as good as ON, retrieval is not used.
 """
 
-from collections.abc import Callable
-
 from absl import flags
 
 from retro_jax import program
@@ -17,12 +15,18 @@ from retro_jax.data.corpus import Corpus
 from retro_jax.data.stage import write_json
 from retro_jax.data.text import METADATA_KEYS
 from retro_jax.errors import UserError
-from retro_jax.evaluation.bits_per_byte import MODES, Neighbourhood, Score, evaluate
+from retro_jax.evaluation.bits_per_byte import document_groups, document_scores
+from retro_jax.evaluation.forward import Forward
+from retro_jax.evaluation.losses import collect
+from retro_jax.evaluation.neighbourhood import Neighbourhood
+from retro_jax.evaluation.passes import scored_spans
 from retro_jax.evaluation.table import format_table
 from retro_jax.parallel import hosts
 from retro_jax.retrieval.neighbours import NeighbourTable
 from retro_jax.retrieval.segments import DatabaseCorpus
 from retro_jax.training.trained import TrainedRun, load_trained
+
+MODES = ("off", "on", "shuffled")
 
 _WORKDIR = flags.DEFINE_list("workdir", None, "Runs to evaluate, separated by commas.")
 _CORPUS = flags.DEFINE_string("corpus", None, "Corpus stage with the documents to score.")
@@ -66,22 +70,19 @@ def _evaluate_run(run: TrainedRun, corpus: Corpus) -> list[dict]:
     window = _WINDOW.value or min(2048, run.config.data.length)
     chunk = run.config.model.chunk_length
     stride = _STRIDE.value or max(1, window // chunk // 2) * chunk
+    forward = Forward(run.plan, run.params, run.mesh, batch_size=_BATCH_SIZE.value, vocab_block=run.config.vocab_block)
+    groups = document_groups(corpus, _GROUP_BY.value)
     results = []
     for mode in ["baseline"] if run.config.model.is_baseline else _MODES.value:
-        scores = evaluate(
-            run.plan,
-            run.params,
+        spans = scored_spans(
+            forward,
             corpus,
-            run.mesh,
             window=window,
             stride=stride,
-            batch_size=_BATCH_SIZE.value,
             neighbourhood=_neighbourhood(run, mode),
-            group_by=_group_by(corpus),
-            vocab_block=run.config.vocab_block,
             description=f"{run.workdir.name} {mode}",
         )
-        total = sum(scores.values(), Score())
+        scores = document_scores(collect(corpus, spans))
         results.append(
             {
                 "run": str(run.workdir),
@@ -90,8 +91,8 @@ def _evaluate_run(run: TrainedRun, corpus: Corpus) -> list[dict]:
                 "k": _k(run) if mode in ("on", "shuffled") else 0,
                 "window": window,
                 "stride": stride,
-                **total.as_json(),
-                "groups": {name: score.as_json() for name, score in sorted(scores.items())},
+                **scores.total().as_json(),
+                "groups": {name: score.as_json() for name, score in scores.by_group(groups).items()},
             }
         )
     return results
@@ -110,12 +111,6 @@ def _neighbourhood(run: TrainedRun, mode: str) -> Neighbourhood | None:
 
 def _k(run: TrainedRun) -> int:
     return _K.value or run.config.data.neighbours
-
-
-def _group_by(corpus: Corpus) -> Callable[[int], str]:
-    if not _GROUP_BY.value:
-        return lambda document: "all"
-    return lambda document: corpus.document(document).metadata.get(_GROUP_BY.value, "(none)")
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ class Forward:
           neighbours: from rows, indices below n, to their neighbours [len(rows), T // M, K, R] int32; None: RETRO[OFF]
             or a baseline. It is called once, for the rows that this process's devices hold.
         """
-        count, length = tokens.shape
+        count = len(tokens)
         arrays: dict[str, Any] = {
             "tokens": _filled(tokens, self.batch_size),
             "labels": _filled(labels, self.batch_size),

@@ -79,7 +79,7 @@ class LossCollector:
         start, chunks = self._corpus.document_range(document)
         own = self._nats[start : start + chunks].reshape(-1)
         place = slice(first, first + len(nats))
-        assert 1 <= first and first + len(nats) <= own.size, f"positions {place} are not of document {document}"
+        assert first >= 1 and first + len(nats) <= own.size, f"positions {place} are not of document {document}"
         assert np.isnan(own[place]).all(), f"positions {place} of document {document} are scored twice"
         own[place] = nats
         if self._best is not None:
@@ -151,5 +151,4 @@ def kept_losses(
     }
     if arrays[_NATS].shape != (corpus.num_chunks, corpus.chunk_length):
         raise UserError(f"{directory}: these losses do not fit {corpus.directory}; remove the directory")
-    found = {name: value for name, value in manifest.counts.items() if name not in ("chunks", "bytes", "nats")}
-    return TokenLosses(corpus, arrays[_NATS], arrays.get(_BEST), found)
+    return TokenLosses(corpus, arrays[_NATS], arrays.get(_BEST), manifest.counts["settings"])

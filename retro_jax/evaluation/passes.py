@@ -1,7 +1,7 @@
 """A model's pass over the whole documents of a corpus, window by window, each token scored once."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -11,6 +11,8 @@ from retro_jax.evaluation.forward import Forward
 from retro_jax.evaluation.neighbourhood import Neighbourhood, other_documents
 from retro_jax.evaluation.windows import Window, check_window, document_windows
 from retro_jax.progress import Progress
+
+_BATCHES_TOGETHER = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +36,26 @@ class ScoredSpan:
     best: np.ndarray | None
 
 
+def document_tokens(corpus: Corpus, document: int) -> int:
+    """Tokens of a document, start and end token included."""
+    first, chunks = corpus.document_range(document)
+    return int(corpus.lengths(np.arange(first, first + chunks)).sum())
+
+
+def corpus_windows(corpus: Corpus, *, window: int, stride: int, documents: Sequence[int] | None = None) -> list[Window]:
+    """The windows of all documents of a corpus, or of some, in order; see `document_windows`.
+
+    Raises:
+      UserError: a window off the chunk grid.
+    """
+    check_window(window, stride, corpus.chunk_length)
+    return [
+        one
+        for document in (range(corpus.num_documents) if documents is None else documents)
+        for one in document_windows(document, document_tokens(corpus, document), window=window, stride=stride)
+    ]
+
+
 def scored_spans(
     forward: Forward,
     corpus: Corpus,
@@ -41,6 +63,7 @@ def scored_spans(
     window: int,
     stride: int,
     neighbourhood: Neighbourhood | None = None,
+    documents: Sequence[int] | None = None,
     description: str = "evaluating",
 ) -> Iterator[ScoredSpan]:
     """Scores every token of every document once; spans come in the order of documents and positions.
@@ -50,38 +73,47 @@ def scored_spans(
       corpus: what is scored.
       window, stride: in tokens, multiples of the chunk length; 2048 and 1024 in the paper (section 4.1).
       neighbourhood: where neighbours come from; None evaluates RETRO[OFF] or a baseline.
+      documents: only these; None: all.
       description: for the progress bar.
 
     Raises:
       UserError: a window off the chunk grid, neighbours that do not belong to the corpus, one document only when
         shuffled.
     """
-    check_window(window, stride, corpus.chunk_length)
     if neighbourhood is not None:
         neighbourhood.check(corpus)
+    windows = corpus_windows(corpus, window=window, stride=stride, documents=documents)
     reader = _WindowReader(corpus, neighbourhood, window)
-    windows = [
-        one
-        for document in range(corpus.num_documents)
-        for one in document_windows(document, reader.document_tokens(document), window=window, stride=stride)
-    ]
+    together = _BATCHES_TOGETHER * forward.batch_size
     with Progress(description, total=len(windows), unit="windows") as progress:
-        for first in range(0, len(windows), forward.batch_size):
-            batch = windows[first : first + forward.batch_size]
-            tokens, labels = reader.text(batch)
-            found = forward(tokens, labels, reader.neighbours_of(batch))
-            for row, one in enumerate(batch):
-                # The label at a window's place i is the token at `start + i + 1` of the document.
-                at = (row, slice(one.scored_from - 1 - one.start, one.scored_to - 1 - one.start))
-                yield ScoredSpan(
-                    one.document,
-                    one.scored_from,
-                    labels[at],
-                    found.nats[at],
-                    None if found.hidden is None else found.hidden[at],
-                    None if found.best is None else found.best[at],
-                )
-            progress.update(len(batch))
+        for first in range(0, len(windows), together):
+            block = windows[first : first + together]
+            # Windows of like length share a batch, so that short documents are not computed in rows of padding.
+            order = sorted(range(len(block)), key=lambda place: block[place].length)
+            spans: dict[int, ScoredSpan] = {}
+            for start in range(0, len(order), forward.batch_size):
+                places = order[start : start + forward.batch_size]
+                batch = [block[place] for place in places]
+                spans.update(zip(places, _score(forward, reader, batch), strict=True))
+                progress.update(len(batch))
+            yield from (spans[place] for place in range(len(block)))
+
+
+def _score(forward: Forward, reader: "_WindowReader", batch: Sequence[Window]) -> Iterator[ScoredSpan]:
+    length = reader.row_length(batch[-1].length)
+    tokens, labels = reader.text(batch, length)
+    found = forward(tokens, labels, reader.neighbours_of(batch, length))
+    for row, window in enumerate(batch):
+        # The label at a window's place i is the token at `start + i + 1` of the document.
+        at = (row, slice(window.scored_from - 1 - window.start, window.scored_to - 1 - window.start))
+        yield ScoredSpan(
+            window.document,
+            window.scored_from,
+            labels[at],
+            found.nats[at],
+            None if found.hidden is None else found.hidden[at],
+            None if found.best is None else found.best[at],
+        )
 
 
 class _WindowReader:
@@ -94,31 +126,33 @@ class _WindowReader:
         shuffled = neighbourhood is not None and neighbourhood.shuffled
         self._donors = other_documents(corpus.num_documents) if shuffled else None
 
-    def document_tokens(self, document: int) -> int:
-        """Tokens of a document, start and end token included."""
-        first, chunks = self._corpus.document_range(document)
-        return int(self._corpus.lengths(np.arange(first, first + chunks)).sum())
+    def row_length(self, tokens: int) -> int:
+        """Length of the rows for windows of at most so many tokens: one of few, whole chunks, at most the window."""
+        length = self._corpus.chunk_length
+        while length < tokens:
+            length *= 2
+        return min(length, self._window)
 
-    def text(self, windows: Sequence[Window]) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and labels [n, W] int32; PAD beyond a window's end."""
-        tokens = np.full((len(windows), self._window), PAD_ID, np.int32)
-        labels = np.full((len(windows), self._window), PAD_ID, np.int32)
+    def text(self, windows: Sequence[Window], length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and labels [n, length] int32; PAD beyond a window's end."""
+        tokens = np.full((len(windows), length), PAD_ID, np.int32)
+        labels = np.full((len(windows), length), PAD_ID, np.int32)
         for row, window in enumerate(windows):
             text = self._corpus.tokens(self._chunk_ids(window)).reshape(-1)
             tokens[row, : window.length] = text[: window.length]
             labels[row, : window.length] = text[1 : window.length + 1]
         return tokens, labels
 
-    def neighbours_of(self, windows: Sequence[Window]):
+    def neighbours_of(self, windows: Sequence[Window], length: int) -> Callable[[Sequence[int]], np.ndarray] | None:
         """What `Forward` asks for the neighbours of some of these windows; None without retrieval."""
         if self._neighbourhood is None:
             return None
-        return lambda rows: self._neighbours([windows[row] for row in rows])
+        return lambda rows: self._neighbours([windows[row] for row in rows], length)
 
-    def _neighbours(self, windows: Sequence[Window]) -> np.ndarray:
-        """Neighbours [n, W/M, K, R] int32 of the complete chunks; PAD elsewhere."""
+    def _neighbours(self, windows: Sequence[Window], length: int) -> np.ndarray:
+        """Neighbours [n, length/M, K, R] int32 of the complete chunks; PAD elsewhere."""
         M = self._corpus.chunk_length
-        ids = np.full((len(windows), self._window // M, self._neighbourhood.k), -1, np.int64)
+        ids = np.full((len(windows), length // M, self._neighbourhood.k), -1, np.int64)
         for row, window in enumerate(windows):
             complete = window.length // M
             if complete:

@@ -13,7 +13,11 @@ from retro_jax.config import MeshConfig, RetroConfig
 from retro_jax.data.corpus import Corpus, build_corpus
 from retro_jax.data.tokenizer import EOS_ID
 from retro_jax.errors import UserError
-from retro_jax.evaluation.bits_per_byte import Neighbourhood, Score, evaluate
+from retro_jax.evaluation.bits_per_byte import Score, document_groups, document_scores
+from retro_jax.evaluation.forward import Forward
+from retro_jax.evaluation.losses import collect
+from retro_jax.evaluation.neighbourhood import Neighbourhood
+from retro_jax.evaluation.passes import scored_spans
 from retro_jax.model.retro import Retro
 from retro_jax.parallel.mesh import create_mesh
 from retro_jax.retrieval.neighbours import NeighbourTable
@@ -45,20 +49,14 @@ def one():
     return create_mesh(MeshConfig(fsdp=1), devices=jax.devices()[:1])
 
 
-def score(corpus, mesh, model=None, window=WINDOW, stride=STRIDE, batch_size=8, neighbourhood=None, **options):
+def losses_of(corpus, mesh, model=None, window=WINDOW, stride=STRIDE, batch_size=8, neighbourhood=None):
     plan, params = model or model_on(mesh)
-    scores = evaluate(
-        plan,
-        params,
-        corpus,
-        mesh,
-        window=window,
-        stride=stride,
-        batch_size=batch_size,
-        neighbourhood=neighbourhood,
-        **options,
-    )
-    return sum(scores.values(), Score())
+    forward = Forward(plan, params, mesh, batch_size=batch_size)
+    return collect(corpus, scored_spans(forward, corpus, window=window, stride=stride, neighbourhood=neighbourhood))
+
+
+def score(corpus, mesh, model=None, **options):
+    return document_scores(losses_of(corpus, mesh, model, **options)).total()
 
 
 def test_a_uniform_model_costs_log2_of_the_vocabulary_for_each_token(corpus, one):
@@ -121,22 +119,11 @@ def test_any_number_of_neighbours_up_to_those_stored_can_be_evaluated(corpus, on
 
 
 def test_groups_add_up_to_the_whole(corpus, one):
-    model = model_on(one)
-    whole = score(corpus, one, model)
-    plan, params = model
-    groups = evaluate(
-        plan,
-        params,
-        corpus,
-        one,
-        window=WINDOW,
-        stride=STRIDE,
-        batch_size=8,
-        group_by=lambda document: corpus.document(document).metadata["source"],
-    )
+    scores = document_scores(losses_of(corpus, one))
+    whole, groups = scores.total(), scores.by_group(document_groups(corpus, "source"))
     assert len(groups) > 1
     total = sum(groups.values(), Score())
-    assert total.nats == pytest.approx(whole.nats, rel=1e-9)
+    assert total.nats == pytest.approx(whole.nats, rel=1e-12)
     assert (total.bytes, total.documents) == (whole.bytes, whole.documents)
 
 
