@@ -21,6 +21,7 @@ _CANDIDATES = flags.DEFINE_string("candidates", None, "neighbours directory with
 _DATABASE = flags.DEFINE_string("database", None, "directory with corpus/ that they were found in", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "neighbours directory to write", required=True)
 _K = flags.DEFINE_integer("k", 16, "neighbours kept of each chunk")
+_DEPTH = flags.DEFINE_integer("depth", None, "candidates of each chunk that are looked at; default: all")
 _K1 = flags.DEFINE_float("k1", Bm25Settings.k1, "BM25: how soon repetition of a token stops to count")
 _B = flags.DEFINE_float("b", Bm25Settings.b, "BM25: how much a chunk's length is discounted")
 
@@ -32,6 +33,7 @@ def main() -> None:
         Bm25.open(_DATABASE.value, Bm25Settings(_K1.value, _B.value)),
         _OUTPUT.value,
         k=_K.value,
+        depth=_DEPTH.value,
     )
     counts = manifest.counts
     print(f"{_OUTPUT.value}: {counts['chunks']:,} chunks, {_K.value} neighbours each; {counts['fewer_than_k']:,} fewer")

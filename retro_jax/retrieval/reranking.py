@@ -20,7 +20,13 @@ _QUERIES_AT_ONCE = 1024
 
 
 def rerank_neighbours(
-    corpus: Corpus, candidates: NeighbourTable, bm25: Bm25, directory: str | os.PathLike, *, k: int
+    corpus: Corpus,
+    candidates: NeighbourTable,
+    bm25: Bm25,
+    directory: str | os.PathLike,
+    *,
+    k: int,
+    depth: int | None = None,
 ) -> Manifest:
     """Writes the k candidates of every chunk that score best by BM25; goes on after the last shard.
 
@@ -32,20 +38,24 @@ def rerank_neighbours(
       candidates: its neighbours by another retriever, many more than k.
       bm25: over the database that they were found in.
       directory: to write.
-      k: neighbours kept of each chunk, at most `candidates.k`.
+      k: neighbours kept of each chunk.
+      depth: how many candidates of each chunk are looked at, the first ones; None: all.
 
     Raises:
       UserError: candidates of another corpus or database, fewer than k of them, or the directory belongs to something
         else.
     """
-    if not 1 <= k <= candidates.k:
-        raise UserError(f"k is {k}; {candidates.directory} has from 1 to {candidates.k} candidates a chunk")
+    depth = candidates.k if depth is None else depth
+    if not 1 <= k <= depth <= candidates.k:
+        raise UserError(
+            f"{k} of {depth} candidates are asked for; {candidates.directory} has {candidates.k} a chunk: find more"
+        )
     if candidates.corpus_fingerprint != corpus.fingerprint:
         raise UserError(f"{candidates.directory} has the neighbours of another corpus than {corpus.directory}")
     if candidates.database_corpus_fingerprint != bm25.corpus.fingerprint:
         raise UserError(f"{candidates.directory} was found in another database than {bm25.corpus.directory}")
     described = {"k": k, "filter": candidates.filter, "deduplicate": candidates.manifest.settings.get("deduplicate")}
-    settings = {**described, "reranked_by": {"bm25": dataclasses.asdict(bm25.settings)}}
+    settings = {**described, "reranked": {"depth": depth, "bm25": dataclasses.asdict(bm25.settings)}}
     inputs = {
         "corpus": corpus.fingerprint,
         "candidates": candidates.fingerprint,
@@ -64,7 +74,9 @@ def rerank_neighbours(
             for name, first, stop in zip(names, offsets[:-1], offsets[1:], strict=True):
                 if not stage.has(name):
                     with stage.shard(name) as (path, counts), ArrayWriter(path, neighbour_dtype(k)) as file:
-                        counts["survivors"] = _rerank(corpus, candidates, bm25, k, first, stop, file).tolist()
+                        counts["survivors"] = _rerank(
+                            corpus, candidates, bm25, k, depth, range(first, stop), file
+                        ).tolist()
                 survivors += stage.counts(name)["survivors"]
                 progress.update(stop - first)
         totals = {"chunks": corpus.num_chunks, "fewer_than_k": int(survivors[:-1].sum())}
@@ -72,13 +84,13 @@ def rerank_neighbours(
 
 
 def _rerank(
-    corpus: Corpus, candidates: NeighbourTable, bm25: Bm25, k: int, first: int, stop: int, file: ArrayWriter
+    corpus: Corpus, candidates: NeighbourTable, bm25: Bm25, k: int, depth: int, part: range, file: ArrayWriter
 ) -> np.ndarray:
-    """Writes the rows of chunks `first` to `stop`; how many of them have 0, 1, ..., k neighbours."""
+    """Writes the rows of the chunks of a part; how many of them have 0, 1, ..., k neighbours."""
     survivors = np.zeros(k + 1, np.int64)
-    for begin in range(first, stop, _QUERIES_AT_ONCE):
-        chunks = np.arange(begin, min(begin + _QUERIES_AT_ONCE, stop))
-        ids = candidates.ids(chunks)
+    for first in range(0, len(part), _QUERIES_AT_ONCE):
+        chunks = np.array(part[first : first + _QUERIES_AT_ONCE])
+        ids = candidates.ids(chunks)[:, :depth]
         distances = np.where(ids >= 0, -bm25.scores(corpus.tokens(chunks), ids), np.inf)
         order = np.argsort(distances, axis=1, kind="stable")[:, :k]
         rows = np.empty(len(chunks), neighbour_dtype(k))

@@ -165,7 +165,7 @@ def test_reranking_orders_the_candidates_and_adds_none(world, tmp_path):
         assert set(ids) <= set(offered)
         np.testing.assert_array_equal(-distances, np.sort(np.where(offered >= 0, scores, -np.inf))[::-1][:3])
     assert (table.k, table.filter) == (3, "document")
-    with pytest.raises(UserError, match="from 1 to 8 candidates"):
+    with pytest.raises(UserError, match="has 8 a chunk"):
         rerank_neighbours(queries, candidates, bm25, tmp_path / "more", k=9)
     with pytest.raises(UserError, match="of another corpus"):
         rerank_neighbours(bm25.corpus.parts[0], candidates, bm25, tmp_path / "other", k=3)
