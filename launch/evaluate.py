@@ -11,7 +11,7 @@ documents (shuffled): when shuffled is as good as ON, retrieval is not used.
 
 The suite does everything that applies to sets of documents, each a directory with corpus/, neighbours/ and, for
 completions and words, documents.jsonl: by source, by leakage, by overlap, perplexity per word, completions in both
-alignments, comparison methods on the baseline, sweeps over neighbours, database size and training steps, and intervals
+alignments, comparison methods, sweeps over neighbours, database size and training steps, and intervals
 for all differences. It writes results.json, results.md, results.html and plots/, and goes on where it was stopped.
 """
 
@@ -32,10 +32,11 @@ from retro_jax.evaluation.evaluated import Evaluated
 from retro_jax.evaluation.figures import Examined
 from retro_jax.evaluation.forward import Forward
 from retro_jax.evaluation.losses import collect
+from retro_jax.evaluation.methods import METHODS, MethodContext, MethodOptions, check_methods
 from retro_jax.evaluation.neighbourhood import Neighbourhood
 from retro_jax.evaluation.passes import scored_spans
 from retro_jax.evaluation.provenance import made_with
-from retro_jax.evaluation.suite import KS, MODES, SHARES, Method, Model, Settings, Suite, check_names
+from retro_jax.evaluation.suite import KS, MODES, SHARES, Methods, Model, Settings, Suite, check_names
 from retro_jax.evaluation.suite_report import side_by_side, write_report
 from retro_jax.evaluation.table import format_table
 from retro_jax.parallel import hosts
@@ -63,7 +64,9 @@ _SWEEPS = flags.DEFINE_list("sweeps", [], "Suite: names of sets (of their direct
 _KS = flags.DEFINE_list("ks", [str(k) for k in KS], "Suite: numbers of neighbours to sweep over.")
 _SHARES = flags.DEFINE_list("shares", [str(share) for share in SHARES], "Suite: shares of the database to sweep over.")
 _STEPS = flags.DEFINE_list("steps", [], "Suite: earlier checkpoints to score on the swept sets.")
-_METHODS = flags.DEFINE_list("methods", [], "Suite: comparison methods on the baseline (knn_lm, cache, ...).")
+_METHODS = flags.DEFINE_list("methods", [], f"Suite: comparison methods, out of {', '.join(METHODS)}.")
+_KNN_NEIGHBOURS = flags.DEFINE_integer("knn_neighbours", 10, "Suite: neighbours of a token in kNN-LM and the gate.")
+_DATASTORE_SHARE = flags.DEFINE_float("datastore_share", 1.0, "Suite: of the database, for the datastore of kNN-LM.")
 _TUNING = flags.DEFINE_string("tuning", None, "Suite: directory of the set that methods are tuned on.")
 _EMBEDDER = flags.DEFINE_string("embedder", None, "Suite: of the database, for completions with padded contexts.")
 _COMPARE = flags.DEFINE_list("compare", [], "Suites' directories to lay side by side in --output; nothing is scored.")
@@ -212,30 +215,32 @@ def _model(workdir: str, step: int | None) -> Model:
     return Model(Path(workdir).name, load_trained(workdir, step=step))
 
 
-def _methods(
-    models: list[Model], settings: Settings, output: Path, database: DatabaseCorpus | None
-) -> dict[str, list[Method]]:
-    """The comparison methods, all on the first baseline."""
-    if not _METHODS.value:
-        return {}
-    from retro_jax.evaluation.methods import METHODS, MethodContext
-
-    unknown = [name for name in _METHODS.value if name not in METHODS]
-    if unknown:
-        raise UserError(f"--methods: {unknown[0]!r} is none of {', '.join(METHODS)}")
-    if not models[0].is_baseline or database is None:
-        raise UserError("--methods compare with a baseline over a database: give both in --workdir and --database")
-    context = MethodContext(
-        run=models[0].run,
-        window=settings.window,
-        stride=settings.stride,
-        batch_size=settings.batch_size,
-        k=settings.k,
-        database=Path(_DATABASE.value),
-        work=output / "methods",
-        tuning=Evaluated.open(_TUNING.value, database) if _TUNING.value else None,
-    )
-    return {models[0].name: [METHODS[name](context) for name in _METHODS.value]}
+def _methods(models: list[Model], settings: Settings, output: Path, database: DatabaseCorpus | None) -> Methods:
+    """Each comparison method on the first run that it is for."""
+    check_methods(_METHODS.value)
+    if _METHODS.value and database is None:
+        raise UserError("--methods read a database: give --database")
+    tuning = Evaluated.open(_TUNING.value, database) if _TUNING.value else None
+    options = MethodOptions(neighbours=_KNN_NEIGHBOURS.value, datastore_share=_DATASTORE_SHARE.value)
+    found: Methods = {}
+    for name in _METHODS.value:
+        kind = METHODS[name]
+        model = next((model for model in models if model.is_baseline != kind.for_retro), None)
+        if model is None:
+            raise UserError(f"--methods: {name} is for a {'RETRO' if kind.for_retro else 'baseline'}; name one")
+        context = MethodContext(
+            run=model.run,
+            window=settings.window,
+            stride=settings.stride,
+            batch_size=settings.batch_size,
+            k=settings.k,
+            database=Path(_DATABASE.value),
+            work=output / "methods" / model.name,
+            tuning=tuning,
+            options=options,
+        )
+        found.setdefault(model.name, []).append(kind(context))
+    return found
 
 
 def _lay_side_by_side() -> None:

@@ -8,15 +8,12 @@ SET/documents.jsonl     the text it was made from; only where documents say more
 
 import dataclasses
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 from retro_jax.data.corpus import Corpus
 from retro_jax.data.sequences import NeighbourText
 from retro_jax.evaluation.neighbourhood import NeighbourIds
 from retro_jax.retrieval.neighbours import NeighbourTable
-
-_TABLE = "neighbours"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,14 +25,12 @@ class Evaluated:
       corpus: its documents.
       neighbours: of its chunks in the database; None where nothing is retrieved.
       database: corpus of that database.
-      alternatives: name to neighbours that were found or ordered in another way.
     """
 
     name: str
     corpus: Corpus
     neighbours: NeighbourIds | None
     database: NeighbourText | None
-    alternatives: Mapping[str, NeighbourIds] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def open(cls, directory: str | os.PathLike, database: NeighbourText | None) -> "Evaluated":
@@ -45,10 +40,7 @@ class Evaluated:
           UserError: no corpus there, or a part that is damaged.
         """
         directory = Path(directory)
-        corpus = Corpus(directory / "corpus")
-        if database is None or not (directory / _TABLE).is_dir():
+        corpus, table = Corpus(directory / "corpus"), directory / "neighbours"
+        if database is None or not table.is_dir():
             return cls(directory.name, corpus, None, None)
-        others = {
-            path.name.removeprefix(f"{_TABLE}-"): NeighbourTable(path) for path in sorted(directory.glob(f"{_TABLE}-*"))
-        }
-        return cls(directory.name, corpus, NeighbourTable(directory / _TABLE), database, others)
+        return cls(directory.name, corpus, NeighbourTable(table), database)

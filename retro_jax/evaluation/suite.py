@@ -9,23 +9,22 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import jax
 import numpy as np
 
-from retro_jax.data.stage import fingerprint, write_json
+from retro_jax.data.stage import write_json
 from retro_jax.errors import UserError
 from retro_jax.evaluation.completions import completion_scores, padded_losses
 from retro_jax.evaluation.evaluated import Evaluated
 from retro_jax.evaluation.figures import Examined, describe
 from retro_jax.evaluation.forward import Forward
 from retro_jax.evaluation.losses import TokenLosses, collect, kept_losses
+from retro_jax.evaluation.methods import Method
 from retro_jax.evaluation.neighbourhood import Neighbourhood
 from retro_jax.evaluation.passes import scored_spans
 from retro_jax.model.parameters import count_parameters
 from retro_jax.retrieval.database import Database
-from retro_jax.training.digest import digests
 from retro_jax.training.trained import TrainedRun
 
 # As in the paper's table 14; the database's share of its documents is halved down to a thirty-second.
@@ -33,16 +32,8 @@ KS = (1, 2, 3, 4, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100)
 SHARES = (1.0, 0.5, 0.25, 0.125, 0.0625, 0.03125)
 MODES = ("off", "on", "shuffled")
 
-
-class Method(Protocol):
-    """Another way to predict the same tokens; see `retro_jax.evaluation.methods`."""
-
-    name: str
-    settings: dict[str, Any]
-    inputs: dict[str, str]
-
-    def losses(self, evaluated: Evaluated) -> TokenLosses:
-        """Losses of every token of the set."""
+# Name of a model to the comparison methods that run on it.
+Methods = dict[str, list[Method]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +90,7 @@ class Suite:
         settings: Settings,
         sets: Mapping[str, Examined],
         *,
-        methods: Mapping[str, Sequence[Method]] | None = None,
+        methods: Methods | None = None,
         database: Database | None = None,
     ) -> None:
         """Prepares a suite.
@@ -117,7 +108,6 @@ class Suite:
         self._methods = methods or {}
         self._database = database
         self._forwards: dict[str, Forward] = {}
-        self._identities: dict[str, str] = {}
 
     def run(self, models: Sequence[Model], earlier: Sequence[Model] = ()) -> dict[str, Any]:
         """Evaluates everything and writes results.json.
@@ -158,6 +148,8 @@ class Suite:
                 if examined.completions is not None and can_pad:
                     padded[label] = self._padded_losses(examined, model, mode)
             for method in self._methods.get(model.name, ()):
+                if method.needs_neighbours and examined.evaluated.neighbours is None:
+                    continue
                 label = _label(model, method.name)
                 scored[label] = self._method_losses(examined, model, method)
                 rows.append({"label": label, "model": model.name, "method": method.name, "k": None})
@@ -177,11 +169,9 @@ class Suite:
     def _modes(self, examined: Examined, model: Model) -> Sequence[str]:
         if model.is_baseline:
             return ("baseline",)
-        evaluated = examined.evaluated
-        if evaluated.neighbours is None:
+        if examined.evaluated.neighbours is None:
             return ("off",)
-        modes = MODES if evaluated.corpus.num_documents > 1 else MODES[:2]
-        return (*modes, *(f"on-{name}" for name in evaluated.alternatives))
+        return MODES if examined.evaluated.corpus.num_documents > 1 else MODES[:2]
 
     def _sweeps(self, examined: Examined, model: Model) -> Iterator[dict[str, Any]]:
         """bpb against the neighbours fed and against the share of the database, with the difference from OFF."""
@@ -235,10 +225,10 @@ class Suite:
         """Losses of a model alone, computed once."""
         evaluated, settings = examined.evaluated, self._settings
         described: dict[str, Any] = {"mode": mode, "window": settings.window, "stride": settings.stride}
-        inputs = {"model": self._identity(model)}
+        inputs = {"model": model.run.fingerprint}
         name, neighbourhood = f"{_label(model, mode)}-step{model.run.step}", None
         if _retrieves(mode):
-            table = evaluated.alternatives.get(mode.removeprefix("on-"), evaluated.neighbours)
+            table = evaluated.neighbours
             neighbourhood = Neighbourhood(
                 table, evaluated.database, k or settings.k, shuffled=mode == "shuffled", share=share
             )
@@ -263,7 +253,7 @@ class Suite:
     def _method_losses(self, examined: Examined, model: Model, method: Method) -> TokenLosses:
         directory = self._work / "losses" / examined.evaluated.name / _label(model, method.name)
         settings = {"window": self._settings.window, "stride": self._settings.stride, **method.settings}
-        inputs = {"model": self._identity(model), **method.inputs}
+        inputs = {"model": model.run.fingerprint, **method.inputs}
         if examined.evaluated.neighbours is not None:
             inputs["neighbours"] = examined.evaluated.neighbours.fingerprint
         corpus = examined.evaluated.corpus
@@ -273,7 +263,7 @@ class Suite:
 
     def _padded_losses(self, examined: Examined, model: Model, mode: str) -> TokenLosses:
         settings: dict[str, Any] = {"mode": mode, "window": self._settings.window, "alignment": "padded"}
-        inputs = {"model": self._identity(model)}
+        inputs = {"model": model.run.fingerprint}
         database = self._database if mode == "on" else None
         if database is not None:
             settings["k"] = self._settings.k
@@ -297,7 +287,7 @@ class Suite:
 
     def _forward(self, model: Model) -> Forward:
         """The model, compiled once; it gives the most probable tokens too, for completions."""
-        key = self._identity(model)
+        key = model.run.fingerprint
         if key not in self._forwards:
             run = model.run
             self._forwards[key] = Forward(
@@ -309,16 +299,6 @@ class Suite:
                 vocab_block=run.config.vocab_block,
             )
         return self._forwards[key]
-
-    def _identity(self, model: Model) -> str:
-        """Fingerprint of a model's configuration and parameters."""
-        key = f"{model.run.workdir}@{model.run.step}"
-        if key not in self._identities:
-            leaves = jax.tree_util.tree_leaves_with_path(model.run.params)
-            arrays = {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
-            config = dataclasses.asdict(model.run.config.model)
-            self._identities[key] = fingerprint({"model": config, "parameters": digests(arrays)})
-        return self._identities[key]
 
 
 def check_names(names: Sequence[str], what: str) -> None:
