@@ -18,6 +18,7 @@ whether the model looks up what it cannot know.
 
 import dataclasses
 import os
+import shutil
 from pathlib import Path
 
 from absl import flags
@@ -36,7 +37,7 @@ class Size:
     Attributes:
       languages: patterns of the documents' languages.
       train_bytes, valid_bytes: text trained on and retrieved from, and validated on; equal shares of every source.
-      max_characters: documents longer than this are cut.
+      max_characters, valid_characters: documents longer than this are cut; many short ones say more than a few long.
       articles, passages: of WikiText and LAMBADA.
       vocab_size: of the tokenizer.
       length: tokens of a training sequence, and of a window.
@@ -49,6 +50,7 @@ class Size:
     train_bytes: int
     valid_bytes: int
     max_characters: int
+    valid_characters: int
     articles: int
     passages: int
     vocab_size: int
@@ -64,9 +66,10 @@ SIZES = {
     "small": Size(
         languages=_LANGUAGES,
         train_bytes=16_000_000,
-        valid_bytes=400_000,
+        valid_bytes=600_000,
         max_characters=20_000,
-        articles=10,
+        valid_characters=8_000,
+        articles=16,
         passages=300,
         vocab_size=4096,
         length=512,
@@ -80,6 +83,7 @@ SIZES = {
         train_bytes=170_000_000,
         valid_bytes=2_000_000,
         max_characters=100_000,
+        valid_characters=30_000,
         articles=60,
         passages=1000,
         vocab_size=16_384,
@@ -95,6 +99,7 @@ METHODS = ("knn_lm", "cache", "prepend", "bm25", "bm25_rerank")
 _DATA = flags.DEFINE_string("data", None, "Folder with the text; see above.", required=True)
 _WORKDIR = flags.DEFINE_string("workdir", "results", "Directory for everything that is made.")
 _SIZE = flags.DEFINE_enum("size", "small", list(SIZES), "How much text, and which recipe of experiments/results.py.")
+_PUBLISH = flags.DEFINE_string("publish", None, "Folder that tables, plots and figures are copied to.")
 _EMBEDDER = flags.DEFINE_string("embedder", None, "BERT to embed with; all-MiniLM-L6-v2 is downloaded by default.")
 _STEPS = flags.DEFINE_integer("steps", None, "Training steps of each model, for a shorter run.", lower_bound=30)
 _BYTES = flags.DEFINE_integer("train_bytes", None, "Bytes to train on and retrieve from, for a shorter run.")
@@ -132,6 +137,8 @@ def main() -> None:
         output=work / "report",
     )
     _planted(pipeline, work / "planted", embedder)
+    if _PUBLISH.value:
+        _publish(work, Path(_PUBLISH.value))
     minutes = sum(seconds for _, seconds in pipeline.stages) / 60
     print(f"\nAll in {minutes:.0f} minutes: {work / 'report' / 'results.html'}, {work / 'planted' / 'report'}")
 
@@ -139,18 +146,25 @@ def main() -> None:
 def _choose_text(pipeline: Pipeline, data: Path, work: Path, size: Size) -> list[str]:
     """Makes the text of the database and of every set; gives the sets' names."""
     redundant = sorted(data.glob("corpus/redundant-*.jsonl*"))
-    common = {"languages": size.languages, "max_characters": size.max_characters}
     pipeline.run(
         "text of the database",
         "tools/select_documents.py",
         input=data / "corpus" / "train-*",
         bytes=_BYTES.value or size.train_bytes,
         output=work / "database" / "documents.jsonl",
+        languages=size.languages,
+        max_characters=size.max_characters,
         **({"always": redundant[0]} if redundant else {}),
-        **common,
     )
-    chosen = {"input": data / "corpus" / "valid-*", "bytes": size.valid_bytes, **common}
-    pipeline.run("text of valid", "tools/select_documents.py", **chosen, output=work / "valid" / "documents.jsonl")
+    pipeline.run(
+        "text of valid",
+        "tools/select_documents.py",
+        input=data / "corpus" / "valid-*",
+        bytes=size.valid_bytes,
+        output=work / "valid" / "documents.jsonl",
+        languages=size.languages,
+        max_characters=size.valid_characters,
+    )
     sets = ["valid"]
     if redundant:
         sets.append("redundant")
@@ -315,6 +329,13 @@ def _embed(
             normalize=True,
             output=work / name / "embeddings",
         )
+
+
+def _publish(work: Path, target: Path) -> None:
+    """Copies both reports, without the losses they are made from."""
+    for name, report in (("text", work / "report"), ("planted", work / "planted" / "report")):
+        shutil.rmtree(target / name, ignore_errors=True)
+        shutil.copytree(report, target / name, ignore=shutil.ignore_patterns("losses", "methods"))
 
 
 def _link(source: Path, target: Path) -> None:
