@@ -31,6 +31,8 @@ from retro_jax.training.trained import TrainedRun
 KS = (1, 2, 3, 4, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100)
 SHARES = (1.0, 0.5, 0.25, 0.125, 0.0625, 0.03125)
 MODES = ("off", "on", "shuffled")
+# Windows of chunks with more neighbours than this are scored in smaller batches.
+_NEIGHBOURS_A_WINDOW = 8
 
 # Name of a model to the comparison methods that run on it.
 Methods = dict[str, list[Method]]
@@ -107,7 +109,7 @@ class Suite:
         self._sets = sets
         self._methods = methods or {}
         self._database = database
-        self._forwards: dict[str, Forward] = {}
+        self._forwards: dict[tuple[str, bool, int], Forward] = {}
 
     def run(self, models: Sequence[Model], earlier: Sequence[Model] = ()) -> dict[str, Any]:
         """Evaluates everything and writes results.json.
@@ -238,7 +240,7 @@ class Suite:
 
         def compute() -> TokenLosses:
             spans = scored_spans(
-                self._forward(model),
+                self._forward(model, examined, neighbourhood.k if neighbourhood is not None else 0),
                 evaluated.corpus,
                 window=settings.window,
                 stride=settings.stride,
@@ -271,7 +273,7 @@ class Suite:
 
         def compute() -> TokenLosses:
             return padded_losses(
-                self._forward(model),
+                self._forward(model, examined),
                 corpus,
                 examined.completions,
                 window=self._settings.window,
@@ -285,17 +287,22 @@ class Suite:
         )
         return kept_losses(directory, corpus, compute, settings=settings, inputs=inputs)
 
-    def _forward(self, model: Model) -> Forward:
-        """The model, compiled once; it gives the most probable tokens too, for completions."""
-        key = model.run.fingerprint
+    def _forward(self, model: Model, examined: Examined, k: int = 0) -> Forward:
+        """The model, compiled once for each kind of work."""
+        # What completions ask for costs the output head once more; and many neighbours fill the memory.
+        best = examined.completions is not None
+        batch_size = self._settings.batch_size
+        if k > _NEIGHBOURS_A_WINDOW:
+            batch_size = max(1, batch_size * _NEIGHBOURS_A_WINDOW // k)
+        key = (model.run.fingerprint, best, batch_size)
         if key not in self._forwards:
             run = model.run
             self._forwards[key] = Forward(
                 run.plan,
                 run.params,
                 run.mesh,
-                batch_size=self._settings.batch_size,
-                best=any(examined.completions is not None for examined in self._sets.values()),
+                batch_size=batch_size,
+                best=best,
                 vocab_block=run.config.vocab_block,
             )
         return self._forwards[key]
