@@ -3,7 +3,7 @@
     python launch/train.py --config=experiments/results.py --workdir=results/retro
     python launch/train.py --config=experiments/results.py:small-baseline --workdir=results/baseline
 
-`small` is for two CPU cores, `large` for one GPU. docs/results.md shows what came out.
+`small` is for two CPU cores, `large` for one GPU, `trial` only shows that everything runs.
 """
 
 import ml_collections
@@ -38,8 +38,28 @@ SIZES = {
             "share_embeddings": True,
         },
         "steps": 3000,
-        "batch_size": 16,
+        "batch_size": 8,
         "learning_rate": 3e-3,
+    },
+    "trial": {
+        "model": {
+            "vocab_size": 1024,
+            "width": 32,
+            "num_layers": 2,
+            "num_heads": 2,
+            "head_size": 16,
+            "ffw_width": 64,
+            "cca_layers": (1, 2),
+            "encoder_width": 32,
+            "encoder_layers": 1,
+            "encoder_num_heads": 2,
+            "encoder_head_size": 16,
+            "encoder_ffw_width": 64,
+            "share_embeddings": True,
+        },
+        "steps": 60,
+        "batch_size": 4,
+        "learning_rate": 1e-2,
     },
     "large": {
         "model": {
@@ -78,8 +98,10 @@ def get_config(name: str = "small") -> ml_collections.ConfigDict:
         TrainConfig(
             model=model,
             data=DataConfig(sequences=("results/sequences",), neighbours=2),
-            optimizer=OptimizerConfig(peak_learning_rate=settings["learning_rate"], warmup_steps=100),
-            checkpoint=CheckpointConfig(every_steps=settings["steps"] // 8, keep_every=settings["steps"] // 4),
+            optimizer=OptimizerConfig(
+                peak_learning_rate=settings["learning_rate"], warmup_steps=settings["steps"] // 20
+            ),
+            checkpoint=CheckpointConfig(every_steps=settings["steps"] // 4, keep_every=settings["steps"] // 4),
             steps=settings["steps"],
             batch_size=settings["batch_size"],
             log_every=20,

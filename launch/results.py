@@ -2,6 +2,7 @@
 
     python launch/results.py --data=FOLDER --workdir=results
     python launch/results.py --data=FOLDER --workdir=results-large --size=large      # one GPU
+    python launch/results.py --data=FOLDER --workdir=results-trial --size=trial      # minutes: does everything run?
 
 FOLDER holds text that is not part of this repository:
 
@@ -44,6 +45,7 @@ class Size:
       steps: checkpoints whose loss is drawn against the step.
       ks, shares: swept over.
       datastore_share: of the database's documents, for the datastore of kNN-LM, which has a key a token.
+      people: of whom facts are planted.
     """
 
     languages: tuple[str, ...]
@@ -59,6 +61,7 @@ class Size:
     ks: tuple[int, ...]
     shares: tuple[float, ...]
     datastore_share: float
+    people: int
 
 
 _LANGUAGES = ("en", "python", "c", "c++", "java", "javascript", "typescript", "go", "rust", "kotlin", "ruby", "shell")
@@ -77,6 +80,7 @@ SIZES = {
         ks=(1, 2, 4, 10, 20, 40),
         shares=(1.0, 0.5, 0.25, 0.125, 0.0625),
         datastore_share=0.1,
+        people=3000,
     ),
     "large": Size(
         languages=_LANGUAGES,
@@ -92,6 +96,23 @@ SIZES = {
         ks=(1, 2, 3, 4, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100),
         shares=(1.0, 0.5, 0.25, 0.125, 0.0625, 0.03125),
         datastore_share=0.1,
+        people=3000,
+    ),
+    "trial": Size(
+        languages=("en",),
+        train_bytes=300_000,
+        valid_bytes=50_000,
+        max_characters=4_000,
+        valid_characters=2_000,
+        articles=2,
+        passages=20,
+        vocab_size=1024,
+        length=256,
+        steps=(15,),
+        ks=(1, 10),
+        shares=(1.0, 0.25),
+        datastore_share=1.0,
+        people=60,
     ),
 }
 METHODS = ("knn_lm", "cache", "prepend", "bm25", "bm25_rerank")
@@ -101,8 +122,6 @@ _WORKDIR = flags.DEFINE_string("workdir", "results", "Directory for everything t
 _SIZE = flags.DEFINE_enum("size", "small", list(SIZES), "How much text, and which recipe of experiments/results.py.")
 _PUBLISH = flags.DEFINE_string("publish", None, "Folder that tables, plots and figures are copied to.")
 _EMBEDDER = flags.DEFINE_string("embedder", None, "BERT to embed with; all-MiniLM-L6-v2 is downloaded by default.")
-_STEPS = flags.DEFINE_integer("steps", None, "Training steps of each model, for a shorter run.", lower_bound=30)
-_BYTES = flags.DEFINE_integer("train_bytes", None, "Bytes to train on and retrieve from, for a shorter run.")
 
 
 def main() -> None:
@@ -130,13 +149,13 @@ def main() -> None:
         sweeps=[name for name in ("valid", "redundant") if name in sets],
         ks=size.ks,
         shares=size.shares,
-        steps=() if _STEPS.value else size.steps,
+        steps=size.steps,
         methods=METHODS,
         tuning=work / "valid",
         datastore_share=size.datastore_share,
         output=work / "report",
     )
-    _planted(pipeline, work / "planted", embedder)
+    _planted(pipeline, work / "planted", embedder, size)
     if _PUBLISH.value:
         _publish(work, Path(_PUBLISH.value))
     minutes = sum(seconds for _, seconds in pipeline.stages) / 60
@@ -150,7 +169,7 @@ def _choose_text(pipeline: Pipeline, data: Path, work: Path, size: Size) -> list
         "text of the database",
         "tools/select_documents.py",
         input=data / "corpus" / "train-*",
-        bytes=_BYTES.value or size.train_bytes,
+        bytes=size.train_bytes,
         output=work / "database" / "documents.jsonl",
         languages=size.languages,
         max_characters=size.max_characters,
@@ -226,21 +245,20 @@ def _train(pipeline: Pipeline, work: Path, size: Size) -> None:
         k=2,
         output=work / "sequences",
     )
-    more = {"config.steps": _STEPS.value} if _STEPS.value else {}
     for run, suffix in (("baseline", "-baseline"), ("retro", "")):
         pipeline.run(
             f"training of the {run}",
             "launch/train.py",
             config=f"experiments/results.py:{_SIZE.value}{suffix}",
             workdir=work / run,
-            **{"config.data.sequences": work / "sequences", **more},
+            **{"config.data.sequences": work / "sequences"},
         )
 
 
-def _planted(pipeline: Pipeline, work: Path, embedder: Path | str) -> None:
+def _planted(pipeline: Pipeline, work: Path, embedder: Path | str, size: Size) -> None:
     """Facts of people who do not exist: asked for without and with the register that holds them."""
     text, tokenizer = work / "text", work / "tokenizer.model"
-    pipeline.run("planted text", "tools/make_planted_text.py", people=3000, output=text)
+    pipeline.run("planted text", "tools/make_planted_text.py", people=size.people, output=text)
     for name, source in (("register", "register"), ("train", "train")):
         _link(text / f"{source}.jsonl", work / name / "documents.jsonl")
     pipeline.run(

@@ -58,7 +58,6 @@ def test_every_method_scores_the_same_text_and_its_parts_add_up(results):
             assert sum(score["bytes"] for score in row["parts"][part].values()) == entry["bytes"]
     for label in ("baseline", "retro-off"):
         natural, padded = (rows[label]["completions"][alignment] for alignment in ("natural", "padded"))
-        # Contexts are short enough for one window only in some documents; what is asked for is the same.
         assert natural["completions"] == padded["completions"] == entry["documents"]
 
 
@@ -91,7 +90,7 @@ def test_the_report_shows_tables_and_plots(suite, results):
     for row in results["sets"][0]["rows"]:
         assert f"{row['bits_per_byte']:.4f}" in page and f"{row['bits_per_byte']:.4f}" in text
     drawn = {path.stem for path in (suite[1] / "plots").glob("*.svg")}
-    assert {"gain", "leakage-query", "overlap-query", "k-query", "share-query", "step-query", "size-query"} <= drawn
+    assert {"gain", "leakage-query", "overlap-query", "k-query", "share-query", "step-query"} <= drawn
     assert all(f"plots/{stem}.svg" in text for stem in drawn)
     assert "python launch/evaluate.py --suite=paper" in text
 
