@@ -91,6 +91,7 @@ def get_config(name: str = "small") -> ml_collections.ConfigDict:
     if size not in SIZES:
         raise UserError(f"size {size!r} is unknown{did_you_mean(size, SIZES)}")
     settings = SIZES[size]
+    quarter = settings["steps"] // 4
     model = RetroConfig.preset("tiny", **settings["model"])
     if name.endswith("-baseline"):
         model = RetroConfig.preset("tiny", **{**settings["model"], "cca_layers": ()})
@@ -101,7 +102,7 @@ def get_config(name: str = "small") -> ml_collections.ConfigDict:
             optimizer=OptimizerConfig(
                 peak_learning_rate=settings["learning_rate"], warmup_steps=settings["steps"] // 20
             ),
-            checkpoint=CheckpointConfig(every_steps=settings["steps"] // 4, keep_every=settings["steps"] // 4),
+            checkpoint=CheckpointConfig(every_steps=quarter, every_minutes=3, keep_every=quarter),
             steps=settings["steps"],
             batch_size=settings["batch_size"],
             log_every=20,
