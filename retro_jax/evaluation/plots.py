@@ -52,7 +52,7 @@ def line_plot(
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False, fontsize="small")
+    figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize="small")
     return svg(figure)
 
 
@@ -91,7 +91,7 @@ def interval_plot(rows: Sequence[tuple[str, Mapping[str, Interval]]], *, x: str)
     axes.set_xlabel(x)
     axes.grid(axis="x", alpha=0.25)
     if len(series) > 1:
-        axes.legend(frameon=False, fontsize="small")
+        figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize="small")
     return svg(figure)
 
 

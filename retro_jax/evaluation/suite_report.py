@@ -16,6 +16,7 @@ _SWEEPS = {
     "share": ("share of the database's documents that is searched", "Size of the database", True, True),
     "step": ("training step", "Training", False, False),
 }
+_DIFFERENCE = "difference from the baseline in bits per byte; left of zero is better"
 Results = Mapping[str, Any]
 
 
@@ -61,7 +62,7 @@ def plots(results: Results) -> dict[str, str]:
         if difference["part"] in ("all", "source") and _is_gain(entry, difference)
     ]
     if gains:
-        found["gain"] = interval_plot(_series(gains), x="bits per byte less than without retrieval is left of zero")
+        found["gain"] = interval_plot(_series(gains), x=_DIFFERENCE)
     for entry in results["sets"]:
         lines = {
             row["label"]: [(point["alpha"], point["bits_per_byte"]) for point in row["leakage"]]
@@ -78,8 +79,7 @@ def plots(results: Results) -> dict[str, str]:
                 if difference["part"] == part and _is_gain(entry, difference)
             ]
             if shown:
-                x = "difference in bits per byte from the first row of the table"
-                found[f"{part}-{entry['name']}"] = interval_plot(_series(shown), x=x)
+                found[f"{part}-{entry['name']}"] = interval_plot(_series(shown), x=_DIFFERENCE)
         sizes: dict[str, list[tuple[float, float]]] = {}
         parameters = {model["name"]: model["parameters"] for model in results["models"]}
         for row in entry["rows"]:
@@ -191,13 +191,12 @@ def _scores_table(entry: Mapping[str, Any]) -> Block:
     words = any("word_perplexity" in row for row in rows)
     body = []
     for row in rows:
-        own_off = next((o["label"] for o in rows if o["model"] == row["model"] and o["method"] == "off"), None)
         line = [
             row["label"],
             "" if row["k"] is None else str(row["k"] or "-"),
             f"{row['bits_per_byte']:.4f}",
             _difference(entry, first, row["label"]),
-            _difference(entry, own_off, row["label"]),
+            _difference(entry, _off_of(rows, row), row["label"]),
             f"{row['nats_per_token']:.4f}",
         ]
         body.append((*line, f"{row['word_perplexity']:.2f}") if words else tuple(line))
@@ -212,16 +211,18 @@ def _parts_table(entry: Mapping[str, Any], part: str, unit: str) -> Block:
     for row in rows:
         cells = [f"{row['parts'][part][name]['bits_per_byte']:.4f}" for name in names]
         body.append((row["label"], *cells))
-    for row in rows[1:]:
+    pairs = [(rows[0]["label"], row["label"]) for row in rows[1:]]
+    pairs += [(_off_of(rows, row), row["label"]) for row in rows if row["method"] == "on"]
+    for first, second in dict.fromkeys(pairs):
         found = {
             difference["name"]: difference
             for difference in entry["differences"]
-            if (difference["first"], difference["second"]) == (rows[0]["label"], row["label"])
-            and difference["part"] == part
+            if (difference["first"], difference["second"], difference["part"]) == (first, second, part)
         }
         if found:
-            cells = [_interval(found[name]) if name in found else "" for name in names]
-            body.append((f"{row['label']} less {rows[0]['label']}", *cells))
+            body.append(
+                (f"{second} less {first}", *(_interval(found[name]) if name in found else "" for name in names))
+            )
     return ("table", ("", *names), body)
 
 
@@ -279,6 +280,11 @@ def _difference(entry: Mapping[str, Any], first: str | None, second: str, part: 
 def _interval(difference: Mapping[str, Any]) -> str:
     mark = "" if difference["is_certain"] else " ?"
     return f"{difference['estimate']:+.4f} [{difference['low']:+.4f}, {difference['high']:+.4f}]{mark}"
+
+
+def _off_of(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> str | None:
+    """Label of the same model without retrieval."""
+    return next((one["label"] for one in rows if one["model"] == row["model"] and one["method"] == "off"), None)
 
 
 def _share(scores: Mapping[str, Any], name: str) -> str:

@@ -172,8 +172,8 @@ def test_documents_at_the_edges_of_the_papers_windows_cost_the_same_however_they
     """Chunks of 64 and windows of 2048 every 1024 tokens, for documents shorter than a chunk and of exact lengths."""
     lengths = (20, 64, 1024, 2048, 2049, 2050, 3100)
     corpus = corpus_of_lengths(Corpus(small_data.corpus).tokenizer, lengths, 64, tmp_path)
-    config = RetroConfig(**{**vars(MODEL), "chunk_length": 64, "neighbour_length": 128, "num_layers": 1})
-    config = RetroConfig(**{**vars(config), "cca_layers": (1,), "num_heads": 1})
+    smaller = {"chunk_length": 64, "neighbour_length": 128, "num_layers": 1, "cca_layers": (1,), "num_heads": 1}
+    config = RetroConfig(**{**vars(MODEL), **smaller})
     model = model_on(one, config)
     neighbours = tmp_path / "neighbours"
     write_random_neighbours(neighbours, corpus, corpus, k=1)
