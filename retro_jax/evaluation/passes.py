@@ -127,11 +127,14 @@ class _WindowReader:
         self._donors = other_documents(corpus.num_documents) if shuffled else None
 
     def row_length(self, tokens: int) -> int:
-        """Length of the rows for windows of at most so many tokens: one of few, whole chunks, at most the window."""
-        length = self._corpus.chunk_length
-        while length < tokens:
-            length *= 2
-        return min(length, self._window)
+        """Length of the rows for windows of at most so many tokens: the window or a 4th, 16th, ... of it, whole chunks.
+
+        Each length is another program to compile, so there are few.
+        """
+        chunk, length = self._corpus.chunk_length, self._window
+        while (shorter := -(-length // (4 * chunk)) * chunk) >= tokens and shorter < length:
+            length = shorter
+        return length
 
     def text(self, windows: Sequence[Window], length: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and labels [n, length] int32; PAD beyond a window's end."""

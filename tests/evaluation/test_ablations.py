@@ -22,8 +22,11 @@ from retro_jax.retrieval.neighbours import NeighbourTable
 from retro_jax.training.state import plan_model
 
 RECIPE = runpy.run_path(str(ROOT / "experiments" / "ablations.py"))
-# Those that change what is computed; the others differ in numbers of layers or neighbours alone.
-QUICK = ("no-query-conditioning", "no-cross-positions", "shared-embeddings", "neighbour-only", "continuation-only")
+# What is computed otherwise, in two models; the other ablations differ in numbers of layers or neighbours alone.
+TOGETHER = {
+    "the neighbour alone": ("no-query-conditioning", "shared-embeddings", "neighbour-only"),
+    "the continuation alone": ("no-cross-positions", "continuation-only"),
+}
 SMALL = {
     "vocab_size": VOCAB,
     "width": 16,
@@ -65,9 +68,10 @@ def check(name, small_data, **changes):
     assert (on.nats == off.nats) == (name == "no-retrieval")
 
 
-@pytest.mark.parametrize("name", QUICK)
-def test_what_an_ablation_changes_can_be_evaluated(name, small_data):
-    check(name, small_data, num_layers=1, cca_layers=(1,), encoder_layers=1)
+@pytest.mark.parametrize("names", TOGETHER.values(), ids=TOGETHER.keys())
+def test_what_ablations_change_can_be_evaluated(names, small_data):
+    changes = {key: value for name in names for key, value in RECIPE["MODELS"][name].items()}
+    check("default", small_data, **{"encoder_layers": 1, **changes, "num_layers": 1, "cca_layers": (1,)})
 
 
 @pytest.mark.slow
