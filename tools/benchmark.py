@@ -5,12 +5,14 @@
     python tools/benchmark.py train --preset=425m --length=2048 --batch_size=16 --dtype=bfloat16
     python tools/benchmark.py data --sequences=demo/sequences --batch_size=32
     python tools/benchmark.py sample --shape=tiny --peer=retro-pytorch --new_tokens=64,256
+    python tools/benchmark.py sample --database=DB --embedder=minilm --new_tokens=512 --prompts=1,8
     python tools/benchmark.py retrieval --embeddings=DB/embeddings --vectors=10000,100000 --plots=docs
 
 Every side is measured in a process of its own, so that its peak memory is its own, and the sides take turns. `train`
 gives our step beside that of the baseline with the same decoder, or, with --peer, beside the PyPI package retro-pytorch
 at the same shapes (in an environment that is made on first use); the last line then has the ratios. `data` reads from
-a cold start, --sequences or synthetic ones. `sample` generates with random neighbours, beside the same peer if asked.
+a cold start, --sequences or synthetic ones. `sample` generates with random neighbours or those of --database, beside
+the same peer if asked.
 `retrieval` searches real embeddings with our index and with FAISS and hnswlib. Without a name `train` and `data` run.
 """
 
@@ -62,6 +64,8 @@ _PEER_PYTHON = flags.DEFINE_string("peer_python", None, "An interpreter that has
 _SEQUENCES = flags.DEFINE_string("sequences", None, "Sequences directory; default random tokens.")
 _NEW_TOKENS = flags.DEFINE_list("new_tokens", None, "Tokens that `sample` generates; default 64 to 2048.")
 _PROMPTS = flags.DEFINE_list("prompts", ["1", "8"], "Prompts that `sample` continues together.")
+_DATABASE = flags.DEFINE_string("database", None, "Database that `sample` retrieves from; random neighbours without.")
+_EMBEDDER = flags.DEFINE_string("embedder", None, "Its embedder.")
 _EMBEDDINGS = flags.DEFINE_string("embeddings", None, "Embeddings directory that `retrieval` searches.")
 _VECTORS = flags.DEFINE_list("vectors", ["100000"], "Vectors in the index of `retrieval`, one number after the other.")
 _SEARCH_PEERS = flags.DEFINE_list("search_peers", [*retrieval.PEERS], "Engines beside ours; empty for none.")
@@ -121,6 +125,10 @@ def benchmark_data() -> None:
 
 def benchmark_sample() -> None:
     peer = _PEER.value is not None
+    if (_DATABASE.value is None) != (_EMBEDDER.value is None):
+        raise UserError("--database and --embedder go together")
+    if peer and _DATABASE.value:
+        raise UserError("the peer has random neighbours, and so must we beside it: leave out --database")
     lengths = _numbers(_NEW_TOKENS) if _NEW_TOKENS.value else sample.PEER_LENGTHS if peer else sample.LENGTHS
     plan = sample.Plan(
         lengths=lengths,
@@ -128,6 +136,8 @@ def benchmark_sample() -> None:
         k=_value("k"),
         rounds=_ROUNDS.value or 1,
         cores=_CORES.value,
+        database=_DATABASE.value or "",
+        embedder=_EMBEDDER.value or "",
     )
     for dtype in _DTYPE.value:
         model = _config(dtype).model

@@ -117,8 +117,9 @@ def test_the_other_configurations_too(name, k):
     np.testing.assert_allclose(np.concatenate(found, axis=1), expected, atol=1e-10)
 
 
-def test_rows_that_begin_later_are_as_if_by_themselves():
-    programs = fed("transformer_xl", 2)
+@pytest.mark.parametrize("positions", ["transformer_xl", "rope"])
+def test_rows_that_begin_later_are_as_if_by_themselves(positions):
+    programs = fed(positions, 2)
     tokens, neighbours = inputs(programs.config, length=SLOTS - 1, k=2)
     for first in (M, 3):  # on the grid of chunks, and between
         late, near = tokens.copy(), neighbours.copy()

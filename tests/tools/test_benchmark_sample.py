@@ -22,14 +22,15 @@ def test_our_side_tells_first_token_speed_and_time_by_position(monkeypatch):
     assert 0 < short["first_token_seconds"] < short["seconds"] < short["first_run_seconds"]
     assert 0 < short["retrieval_seconds"] < short["seconds"]
     assert list(long["token_seconds_by_position"]) == ["128"]
-    assert sample.flatness(long, 64, 512) == 1.0
+    assert long["slowest_to_fastest_position"] == {512: 1.0, 2048: 1.0} and not short["slowest_to_fastest_position"]
+    assert (long["neighbours"], long["retrievals"]) == ("random", 3)  # at the prompt's end, and of two chunks after it
 
 
 def test_time_by_position_is_that_of_whole_chunks():
     # The first token by itself, then those up to the end of its chunk, then a chunk at once.
     arrivals = [1.0] + [2.0] * 3 + [6.0] * 4 + [14.0] * 4
     assert sample_step._by_position(arrivals, prompt=8, chunk_length=4) == {12: 1.0, 16: 2.0}
-    assert sample.flatness({"token_seconds_by_position": {"12": 1.0, "16": 2.0}}, 12, 16) == 2.0
+    assert sample.flatness({"12": 1.0, "16": 2.0}, 16) == 2.0 and sample.flatness({"12": 1.0, "16": 2.0}, 15) == 1.0
 
 
 def test_sides_take_turns_and_the_ratio_is_of_the_best_rounds(monkeypatch):
