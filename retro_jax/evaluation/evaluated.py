@@ -13,6 +13,7 @@ from pathlib import Path
 from retro_jax.data.corpus import Corpus
 from retro_jax.data.sequences import NeighbourText
 from retro_jax.evaluation.neighbourhood import NeighbourIds
+from retro_jax.retrieval.neighbours import NeighbourTable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +39,8 @@ class Evaluated:
         Raises:
           UserError: no corpus there, or a part that is damaged.
         """
-        from retro_jax.retrieval.neighbours import NeighbourTable
-
         directory = Path(directory)
-        corpus = Corpus(directory / "corpus")
-        table = directory / "neighbours"
-        found = database is not None and table.is_dir()
-        return cls(directory.name, corpus, NeighbourTable(table) if found else None, database if found else None)
+        corpus, table = Corpus(directory / "corpus"), directory / "neighbours"
+        if database is None or not table.is_dir():
+            return cls(directory.name, corpus, None, None)
+        return cls(directory.name, corpus, NeighbourTable(table), database)

@@ -143,12 +143,9 @@ def kept_losses(
                 if array is not None:
                     with stage.shard(name) as (path, _), open(path, "wb") as file:
                         np.save(file, array, allow_pickle=False)
-            nats = float(losses.nats.sum(dtype=np.float64))
-            stage.finish({"chunks": corpus.num_chunks, "bytes": corpus.num_bytes, "nats": nats, **losses.settings})
+            stage.finish({"chunks": corpus.num_chunks, "bytes": corpus.num_bytes, "settings": losses.settings})
         manifest = stage.manifest
-    arrays = {
-        shard.name: np.load(directory / shard.name, mmap_mode="r", allow_pickle=False) for shard in manifest.shards
-    }
+    arrays = {shard.name: np.load(directory / shard.name, mmap_mode="r") for shard in manifest.shards}
     if arrays[_NATS].shape != (corpus.num_chunks, corpus.chunk_length):
         raise UserError(f"{directory}: these losses do not fit {corpus.directory}; remove the directory")
     return TokenLosses(corpus, arrays[_NATS], arrays.get(_BEST), manifest.counts["settings"])

@@ -9,41 +9,33 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import jax
 import numpy as np
 
-from retro_jax.data.stage import fingerprint, write_json
+from retro_jax.data.stage import write_json
 from retro_jax.errors import UserError
 from retro_jax.evaluation.completions import completion_scores, padded_losses
 from retro_jax.evaluation.evaluated import Evaluated
 from retro_jax.evaluation.figures import Examined, describe
 from retro_jax.evaluation.forward import Forward
 from retro_jax.evaluation.losses import TokenLosses, collect, kept_losses
+from retro_jax.evaluation.methods import Method
 from retro_jax.evaluation.neighbourhood import Neighbourhood
 from retro_jax.evaluation.passes import scored_spans
 from retro_jax.model.parameters import count_parameters
 from retro_jax.retrieval.database import Database
-from retro_jax.training.digest import digests
 from retro_jax.training.trained import TrainedRun
 
 # As in the paper's table 14; the database's share of its documents is halved down to a thirty-second.
 KS = (1, 2, 3, 4, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100)
 SHARES = (1.0, 0.5, 0.25, 0.125, 0.0625, 0.03125)
-RETRIEVING = ("on", "shuffled")
-MODES = ("off", *RETRIEVING)
+MODES = ("off", "on", "shuffled")
+# Windows of chunks with more neighbours than this are scored in smaller batches.
+_NEIGHBOURS_A_WINDOW = 8
 
-
-class Method(Protocol):
-    """Another way to predict the same tokens; see `retro_jax.evaluation.methods`."""
-
-    name: str
-    settings: dict[str, Any]
-    inputs: dict[str, str]
-
-    def losses(self, evaluated: Evaluated) -> TokenLosses:
-        """Losses of every token of the set."""
+# Name of a model to the comparison methods that run on it.
+Methods = dict[str, list[Method]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +92,7 @@ class Suite:
         settings: Settings,
         sets: Mapping[str, Examined],
         *,
-        methods: Mapping[str, Sequence[Method]] | None = None,
+        methods: Methods | None = None,
         database: Database | None = None,
     ) -> None:
         """Prepares a suite.
@@ -117,8 +109,7 @@ class Suite:
         self._sets = sets
         self._methods = methods or {}
         self._database = database
-        self._forwards: dict[str, Forward] = {}
-        self._identities: dict[str, str] = {}
+        self._forwards: dict[tuple[str, bool, int], Forward] = {}
 
     def run(self, models: Sequence[Model], earlier: Sequence[Model] = ()) -> dict[str, Any]:
         """Evaluates everything and writes results.json.
@@ -152,13 +143,15 @@ class Suite:
         rows: list[dict[str, Any]] = []
         for model in models:
             for mode in self._modes(examined, model):
-                label, k = _label(model, mode), self._settings.k if mode in RETRIEVING else 0
+                label, k = _label(model, mode), self._settings.k if _retrieves(mode) else 0
                 scored[label] = self._losses(examined, model, mode)
                 rows.append({"label": label, "model": model.name, "method": mode, "k": k})
-                needs_database = mode in RETRIEVING
-                if examined.completions is not None and mode != "shuffled" and (self._database or not needs_database):
+                can_pad = mode in ("baseline", "off") or (mode == "on" and self._database is not None)
+                if examined.completions is not None and can_pad:
                     padded[label] = self._padded_losses(examined, model, mode)
             for method in self._methods.get(model.name, ()):
+                if method.needs_neighbours and examined.evaluated.neighbours is None:
+                    continue
                 label = _label(model, method.name)
                 scored[label] = self._method_losses(examined, model, method)
                 rows.append({"label": label, "model": model.name, "method": method.name, "k": None})
@@ -234,19 +227,20 @@ class Suite:
         """Losses of a model alone, computed once."""
         evaluated, settings = examined.evaluated, self._settings
         described: dict[str, Any] = {"mode": mode, "window": settings.window, "stride": settings.stride}
-        inputs = {"model": self._identity(model)}
+        inputs = {"model": model.run.fingerprint}
         name, neighbourhood = f"{_label(model, mode)}-step{model.run.step}", None
-        if mode in RETRIEVING:
+        if _retrieves(mode):
+            table = evaluated.neighbours
             neighbourhood = Neighbourhood(
-                evaluated.neighbours, evaluated.database, k or settings.k, shuffled=mode == "shuffled", share=share
+                table, evaluated.database, k or settings.k, shuffled=mode == "shuffled", share=share
             )
             described |= {"k": neighbourhood.k, "share": share}
-            inputs["neighbours"] = evaluated.neighbours.fingerprint
+            inputs["neighbours"] = table.fingerprint
             name += f"-k{neighbourhood.k}" + (f"-share{share:g}" if share < 1 else "")
 
         def compute() -> TokenLosses:
             spans = scored_spans(
-                self._forward(model),
+                self._forward(model, examined, neighbourhood.k if neighbourhood is not None else 0),
                 evaluated.corpus,
                 window=settings.window,
                 stride=settings.stride,
@@ -261,7 +255,7 @@ class Suite:
     def _method_losses(self, examined: Examined, model: Model, method: Method) -> TokenLosses:
         directory = self._work / "losses" / examined.evaluated.name / _label(model, method.name)
         settings = {"window": self._settings.window, "stride": self._settings.stride, **method.settings}
-        inputs = {"model": self._identity(model), **method.inputs}
+        inputs = {"model": model.run.fingerprint, **method.inputs}
         if examined.evaluated.neighbours is not None:
             inputs["neighbours"] = examined.evaluated.neighbours.fingerprint
         corpus = examined.evaluated.corpus
@@ -271,15 +265,15 @@ class Suite:
 
     def _padded_losses(self, examined: Examined, model: Model, mode: str) -> TokenLosses:
         settings: dict[str, Any] = {"mode": mode, "window": self._settings.window, "alignment": "padded"}
-        inputs = {"model": self._identity(model)}
-        database = self._database if mode in RETRIEVING else None
+        inputs = {"model": model.run.fingerprint}
+        database = self._database if mode == "on" else None
         if database is not None:
             settings["k"] = self._settings.k
             inputs["database"] = database.fingerprint
 
         def compute() -> TokenLosses:
             return padded_losses(
-                self._forward(model),
+                self._forward(model, examined),
                 corpus,
                 examined.completions,
                 window=self._settings.window,
@@ -288,33 +282,30 @@ class Suite:
             )
 
         corpus = examined.evaluated.corpus
-        directory = self._work / "losses" / examined.evaluated.name / f"{_label(model, mode)}-padded"
+        directory = (
+            self._work / "losses" / examined.evaluated.name / f"{_label(model, mode)}-step{model.run.step}-padded"
+        )
         return kept_losses(directory, corpus, compute, settings=settings, inputs=inputs)
 
-    def _forward(self, model: Model) -> Forward:
-        """The model, compiled once; it gives the most probable tokens too, for completions."""
-        key = self._identity(model)
+    def _forward(self, model: Model, examined: Examined, k: int = 0) -> Forward:
+        """The model, compiled once for each kind of work."""
+        # What completions ask for costs the output head once more; and many neighbours fill the memory.
+        best = examined.completions is not None
+        batch_size = self._settings.batch_size
+        if k > _NEIGHBOURS_A_WINDOW:
+            batch_size = max(1, batch_size * _NEIGHBOURS_A_WINDOW // k)
+        key = (model.run.fingerprint, best, batch_size)
         if key not in self._forwards:
             run = model.run
             self._forwards[key] = Forward(
                 run.plan,
                 run.params,
                 run.mesh,
-                batch_size=self._settings.batch_size,
-                best=any(examined.completions is not None for examined in self._sets.values()),
+                batch_size=batch_size,
+                best=best,
                 vocab_block=run.config.vocab_block,
             )
         return self._forwards[key]
-
-    def _identity(self, model: Model) -> str:
-        """Fingerprint of a model's configuration and parameters."""
-        key = f"{model.run.workdir}@{model.run.step}"
-        if key not in self._identities:
-            leaves = jax.tree_util.tree_leaves_with_path(model.run.params)
-            arrays = {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
-            config = dataclasses.asdict(model.run.config.model)
-            self._identities[key] = fingerprint({"model": config, "parameters": digests(arrays)})
-        return self._identities[key]
 
 
 def check_names(names: Sequence[str], what: str) -> None:
@@ -325,6 +316,10 @@ def check_names(names: Sequence[str], what: str) -> None:
     repeated = [name for name in names if names.count(name) > 1]
     if repeated:
         raise UserError(f"{what} {repeated[0]!r} is there twice; give each its own name")
+
+
+def _retrieves(mode: str) -> bool:
+    return mode not in ("baseline", "off")
 
 
 def _label(model: Model, method: str) -> str:
