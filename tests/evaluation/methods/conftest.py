@@ -44,13 +44,19 @@ def database_as_set(small_data) -> Evaluated:
 
 
 @pytest.fixture(scope="session")
-def baseline(valid) -> TrainedRun:
-    return random_run(dataclasses.replace(MODEL, cca_layers=()), valid.corpus)
+def make_run(valid):
+    """`make_run(**changes)`: a run of a random model with the small configuration, changed."""
+    return lambda **changes: random_run(dataclasses.replace(MODEL, **changes), valid.corpus)
 
 
 @pytest.fixture(scope="session")
-def retro(valid) -> TrainedRun:
-    return random_run(MODEL, valid.corpus)
+def baseline(make_run) -> TrainedRun:
+    return make_run(cca_layers=())
+
+
+@pytest.fixture(scope="session")
+def retro(make_run) -> TrainedRun:
+    return make_run()
 
 
 @pytest.fixture(scope="session")
