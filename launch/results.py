@@ -18,6 +18,7 @@ whether the model looks up what it cannot know.
 """
 
 import dataclasses
+import json
 import os
 import shutil
 from pathlib import Path
@@ -80,7 +81,7 @@ SIZES = {
         ks=(1, 2, 4, 10, 20, 40),
         shares=(1.0, 0.5, 0.25, 0.125, 0.0625),
         datastore_share=0.1,
-        people=3000,
+        people=1500,
     ),
     "large": Size(
         languages=_LANGUAGES,
@@ -96,7 +97,7 @@ SIZES = {
         ks=(1, 2, 3, 4, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100),
         shares=(1.0, 0.5, 0.25, 0.125, 0.0625, 0.03125),
         datastore_share=0.1,
-        people=3000,
+        people=1500,
     ),
     "trial": Size(
         languages=("en",),
@@ -156,6 +157,7 @@ def main() -> None:
         output=work / "report",
     )
     _planted(pipeline, work / "planted", embedder, size)
+    _say_what_was_looked_up(work / "planted" / "report" / "results.json")
     if _PUBLISH.value:
         _publish(work, Path(_PUBLISH.value))
     minutes = sum(seconds for _, seconds in pipeline.stages) / 60
@@ -347,6 +349,13 @@ def _embed(
             normalize=True,
             output=work / name / "embeddings",
         )
+
+
+def _say_what_was_looked_up(path: Path) -> None:
+    """Shares of the planted values that are found: with the register nearly all, without it by chance."""
+    (questions,) = json.loads(path.read_text(encoding="utf-8"))["sets"]
+    for row in questions["rows"]:
+        print(f"planted values right, {row['label']}: {100 * row['completions']['natural']['accuracy']:.1f} %")
 
 
 def _publish(work: Path, target: Path) -> None:
