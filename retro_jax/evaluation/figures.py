@@ -107,12 +107,12 @@ class Examined:
 
     def differences(self, first: TokenLosses, second: TokenLosses) -> list[dict[str, Any]]:
         """Bits per byte of the second less those of the first, with intervals: whole, and for every part."""
-        found = [{"part": "all", "name": "all", **_difference(first, second, None)}]
+        found = [{"part": "all", "name": "all", **bits_per_byte_gap(first, second)}]
         for part, partition in self.partitions.items():
             if len(partition.names) > 1:
                 classes = np.broadcast_to(partition.classes, first.nats.shape)
                 found += [
-                    {"part": part, "name": name, **_difference(first, second, classes == number)}
+                    {"part": part, "name": name, **bits_per_byte_gap(first, second, classes == number)}
                     for number, name in enumerate(partition.names)
                 ]
         if self.completions is not None:
@@ -121,13 +121,18 @@ class Examined:
 
     def completion_differences(self, first: TokenLosses, second: TokenLosses, alignment: str) -> list[dict[str, Any]]:
         """The same of the completions alone, and of their accuracy; `alignment` names where chunks begin."""
-        difference = _difference(first, second, self.completions)
+        difference = bits_per_byte_gap(first, second, self.completions)
         found = [{"part": f"completions, {alignment}", "name": "bits per byte", **difference}]
         ours, theirs = completion_scores(first, self.completions), completion_scores(second, self.completions)
         if ours.correct is not None and theirs.correct is not None:
             difference = rate_difference(ours.correct, theirs.correct, ours.keys).as_json()
             found.append({"part": f"completions, {alignment}", "name": "accuracy", **difference})
         return found
+
+
+def bits_per_byte_gap(first: TokenLosses, second: TokenLosses, counted: np.ndarray | None = None) -> dict[str, Any]:
+    """bpb of the second less that of the first with its interval, of all text or of the tokens of a mask."""
+    return bits_per_byte_difference(document_scores(first, counted), document_scores(second, counted)).as_json()
 
 
 def describe(examined: Examined) -> dict[str, Any]:
@@ -144,10 +149,6 @@ def describe(examined: Examined) -> dict[str, Any]:
     if examined.leaked is not None:
         found["mean_leaked_share"] = float(examined.leaked.mean())
     return found
-
-
-def _difference(first: TokenLosses, second: TokenLosses, counted: np.ndarray | None) -> dict[str, Any]:
-    return bits_per_byte_difference(document_scores(first, counted), document_scores(second, counted)).as_json()
 
 
 def _documents(path: Path) -> Sequence[Mapping[str, Any]]:

@@ -17,7 +17,7 @@ from retro_jax.data.stage import write_json
 from retro_jax.errors import UserError
 from retro_jax.evaluation.completions import completion_scores, padded_losses
 from retro_jax.evaluation.evaluated import Evaluated
-from retro_jax.evaluation.figures import Examined, describe
+from retro_jax.evaluation.figures import Examined, bits_per_byte_gap, describe
 from retro_jax.evaluation.forward import Forward
 from retro_jax.evaluation.losses import TokenLosses, collect, kept_losses
 from retro_jax.evaluation.methods import Method
@@ -195,7 +195,7 @@ class Suite:
         points = []
         for value in values:
             losses = self._losses(examined, model, "on", **options(value))
-            point = {"x": value, **examined.figures(losses), "difference": examined.differences(off, losses)[0]}
+            point = {"x": value, **examined.figures(losses), "difference": bits_per_byte_gap(off, losses)}
             if kind == "share":
                 point["neighbours_found"] = self._neighbours_found(examined.evaluated, value)
             points.append({name: part for name, part in point.items() if name not in ("parts", "leakage", "settings")})
