@@ -41,7 +41,7 @@ class ContinuousCache(TunedMethod):
         found = [
             cache_log_probabilities(one.states, one.labels, thetas, context.options.cache_size)
             for one in predictions(
-                context.forward(hidden=True),
+                context.with_states,
                 evaluated.corpus,
                 **context.windows,
                 description=f"{evaluated.name}: cache",

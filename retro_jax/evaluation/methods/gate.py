@@ -42,7 +42,7 @@ class Spalm(KnnLm):
         evidence = super().gather(evaluated)
         context = self.context
         found = predictions(
-            context.forward(hidden=True), evaluated.corpus, **context.windows, description=f"{evaluated.name}: states"
+            context.with_states, evaluated.corpus, **context.windows, description=f"{evaluated.name}: states"
         )
         return Evidence(
             evidence.documents,

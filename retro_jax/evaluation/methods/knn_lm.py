@@ -9,7 +9,7 @@ from retro_jax.data.arrays import ArrayWriter
 from retro_jax.data.corpus import Corpus
 from retro_jax.data.stage import Stage, shard_name
 from retro_jax.evaluation.evaluated import Evaluated
-from retro_jax.evaluation.methods.activations import key_params, predictions
+from retro_jax.evaluation.methods.activations import predictions
 from retro_jax.evaluation.methods.datastore import Datastore, build_datastore
 from retro_jax.evaluation.methods.method import MethodContext
 from retro_jax.evaluation.methods.mixture import best_weight, mix, neighbour_log_probability
@@ -80,14 +80,17 @@ class KnnLm(TunedMethod):
         parts = np.array_split(np.arange(corpus.num_documents), -(-corpus.num_documents // _DOCUMENTS_A_SHARD))
         with Stage(directory, "nearest", settings={"k": k, **context.windows}, inputs=inputs) as stage:
             if not stage.complete:
-                forward = context.forward(params=key_params(context.run.plan, context.run.params), hidden=True)
                 for i, documents in enumerate(parts):
                     name = shard_name("nearest", i, len(parts), ".npy")
                     if stage.has(name):
                         continue
                     with stage.shard(name) as (path, counts), ArrayWriter(path, row) as writer:
                         found = predictions(
-                            forward, corpus, **context.windows, documents=documents.tolist(), description="kNN search"
+                            context.with_keys,
+                            corpus,
+                            **context.windows,
+                            documents=documents.tolist(),
+                            description=f"nearest contexts, part {i + 1} of {len(parts)}",
                         )
                         for one in found:
                             if len(one.labels):
@@ -101,7 +104,7 @@ class KnnLm(TunedMethod):
 
 def predicted_text(context: MethodContext, evaluated: Evaluated) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(documents, labels, nats), each [n]: the text tokens of a set and what they cost the run's model alone."""
-    found = list(predictions(context.forward(), evaluated.corpus, **context.windows, description=evaluated.name))
+    found = list(predictions(context.plain, evaluated.corpus, **context.windows, description=evaluated.name))
     documents = np.repeat([one.document for one in found], [len(one.labels) for one in found])
     return documents, np.concatenate([one.labels for one in found]), np.concatenate([one.nats for one in found])
 

@@ -145,7 +145,7 @@ class Prepend:
         neighbours = _neighbour_texts(evaluated, every, count)
         rows = [(piece, joined(texts, context.window // 2)) for piece, texts in zip(every, neighbours, strict=True)]
         collector = LossCollector(corpus)
-        found = read(context.forward(), corpus, rows, context.window, f"{evaluated.name}: {self.name}")
+        found = read(context.plain, corpus, rows, context.window, f"{evaluated.name}: {self.name}")
         for piece, nats in zip(every, found, strict=True):
             collector.add(piece.window.document, piece.first, nats)
         read_tokens = float(np.mean([len(prefix) for _, prefix in rows]))
@@ -183,7 +183,7 @@ class Rag(TunedMethod):
                 owners.append((number, place))
         firsts = np.cumsum([0, *(piece.stop - piece.first for piece in every)])
         after = np.full((firsts[-1], count), np.inf, np.float32)
-        found = read(context.forward(), corpus, rows, context.window, f"{evaluated.name}: {self.name}")
+        found = read(context.plain, corpus, rows, context.window, f"{evaluated.name}: {self.name}")
         for (number, place), costs in zip(owners, found, strict=True):
             after[firsts[number] : firsts[number + 1], place] = costs
         return Evidence(documents, nats, {"after": after, "distances": np.repeat(distances, np.diff(firsts), axis=0)})

@@ -56,6 +56,8 @@ class TunedMethod(abc.ABC):
         self.inputs: dict[str, str] = {}
         if context.tuning is not None:
             self.inputs["tuning"] = context.tuning.corpus.fingerprint
+            if self.needs_neighbours and context.tuning.neighbours is not None:
+                self.inputs["tuning_neighbours"] = context.tuning.neighbours.fingerprint
 
     @abc.abstractmethod
     def gather(self, evaluated: Evaluated) -> Evidence:
