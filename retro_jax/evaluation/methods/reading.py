@@ -21,7 +21,7 @@ from retro_jax.evaluation.forward import Forward
 from retro_jax.evaluation.losses import LossCollector, TokenLosses
 from retro_jax.evaluation.methods.knn_lm import predicted_text
 from retro_jax.evaluation.methods.method import MethodContext
-from retro_jax.evaluation.methods.mixture import best_weight, log_sum, mix
+from retro_jax.evaluation.methods.mixture import best_mixture, log_sum, mix
 from retro_jax.evaluation.methods.tuned import Evidence, TunedMethod
 from retro_jax.evaluation.neighbourhood import Neighbourhood
 from retro_jax.evaluation.passes import corpus_windows, document_tokens
@@ -189,15 +189,9 @@ class Rag(TunedMethod):
         return Evidence(documents, nats, {"after": after, "distances": np.repeat(distances, np.diff(firsts), axis=0)})
 
     def fit(self, evidence: Evidence) -> dict[str, Any]:
-        best: dict[str, Any] = {"weight": 0.0, "sharpness": 0.0}
-        least = evidence.nats.sum(dtype=np.float64)
-        for sharpness in _SHARPNESS:
-            found = _mixed(evidence, sharpness)
-            weight = best_weight(evidence.nats, found)
-            nats = mix(evidence.nats, found, weight).sum()
-            if nats < least:
-                least, best = nats, {"weight": weight, "sharpness": sharpness}
-        return best
+        candidates = ((sharpness, _mixed(evidence, sharpness)) for sharpness in _SHARPNESS)
+        sharpness, weight = best_mixture(evidence.nats, candidates)
+        return {"weight": weight, "sharpness": sharpness}
 
     def fixed(self) -> dict[str, Any]:
         return {"weight": 0.5, "sharpness": 0.0}
