@@ -9,8 +9,8 @@ order, are Lucene's.) Terms are the tokens of the corpus itself, so every langua
 what a score counts is what a model can copy. Doostmohammadi et al. 2023 (arXiv 2305.16243) is why it is here: RETRO
 gains more from such neighbours than from those of sentence vectors.
 
-The weight of every term in every chunk is computed once, into a sparse matrix: 12 bytes for each distinct token of a
-chunk, twice when it is searched, so at most 1.5 kB for a chunk of 64. It is not stored: 300,000 chunks take seconds.
+The weight of every term in every chunk is computed once, into a sparse matrix: 8 bytes for each distinct token of a
+chunk, twice when it is searched, so at most 1 kB for a chunk of 64. It is not stored: 300,000 chunks take seconds.
 """
 
 import dataclasses

@@ -14,7 +14,7 @@ from retro_jax.evaluation.evaluated import Evaluated
 from retro_jax.evaluation.methods.activations import predictions
 from retro_jax.evaluation.methods.knn_lm import predicted_text
 from retro_jax.evaluation.methods.method import MethodContext
-from retro_jax.evaluation.methods.mixture import best_weight, log_sum, mix
+from retro_jax.evaluation.methods.mixture import best_mixture, log_sum, mix
 from retro_jax.evaluation.methods.tuned import Evidence, TunedMethod
 
 # theta times the mean squared length of the states.
@@ -41,7 +41,7 @@ class ContinuousCache(TunedMethod):
         found = [
             cache_log_probabilities(one.states, one.labels, thetas, context.options.cache_size)
             for one in predictions(
-                context.forward(hidden=True),
+                context.with_states,
                 evaluated.corpus,
                 **context.windows,
                 description=f"{evaluated.name}: cache",
@@ -50,14 +50,8 @@ class ContinuousCache(TunedMethod):
         return Evidence(documents, nats, {"log_cache": np.concatenate(found)})
 
     def fit(self, evidence: Evidence) -> dict[str, Any]:
-        best: dict[str, Any] = {"weight": 0.0, "theta": _FIXED["theta"]}
-        least = evidence.nats.sum(dtype=np.float64)
-        for number, theta in enumerate(_FLATNESS):
-            weight = best_weight(evidence.nats, evidence["log_cache"][:, number])
-            nats = mix(evidence.nats, evidence["log_cache"][:, number], weight).sum()
-            if nats < least:
-                least, best = nats, {"weight": weight, "theta": theta}
-        return best
+        theta, weight = best_mixture(evidence.nats, zip(_FLATNESS, evidence["log_cache"].T, strict=True))
+        return {"weight": weight, "theta": theta}
 
     def fixed(self) -> dict[str, Any]:
         return dict(_FIXED)

@@ -19,7 +19,7 @@ from retro_jax.data.corpus import Corpus
 from retro_jax.data.stage import Stage, shard_name
 from retro_jax.data.tokenizer import BOS_ID, PAD_ID
 from retro_jax.errors import UserError
-from retro_jax.evaluation.methods.activations import key_params, predictions
+from retro_jax.evaluation.methods.activations import predictions
 from retro_jax.evaluation.methods.method import MethodContext
 from retro_jax.retrieval.embedder import EmbeddingSet
 from retro_jax.retrieval.exact import exact_search
@@ -107,14 +107,17 @@ def _write_keys(
     with Stage(directory, "embeddings", settings=settings, inputs=inputs) as stage:
         if stage.complete:
             return
-        forward = context.forward(params=key_params(run.plan, run.params), hidden=True)
         names = [shard_name("keys", i, len(shards), ".npy") for i in range(len(shards))]
         for number, (name, (corpus, documents)) in enumerate(zip(names, shards, strict=True)):
             if stage.has(name):
                 continue
-            description = f"datastore, part {number + 1} of {len(shards)}"
             found = predictions(
-                forward, corpus, **context.windows, documents=documents, with_end=True, description=description
+                context.with_keys,
+                corpus,
+                **context.windows,
+                documents=documents,
+                with_end=True,
+                description=f"datastore, part {number + 1} of {len(shards)}",
             )
             with stage.shard(name) as (path, counts), ArrayWriter(path, np.dtype("<f2"), (width,)) as writer:
                 for one in found:

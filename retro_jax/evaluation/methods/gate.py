@@ -19,11 +19,12 @@ from retro_jax.evaluation.evaluated import Evaluated
 from retro_jax.evaluation.methods.activations import predictions
 from retro_jax.evaluation.methods.knn_lm import KnnLm
 from retro_jax.evaluation.methods.method import MethodContext
-from retro_jax.evaluation.methods.mixture import mix, neighbour_log_probability
+from retro_jax.evaluation.methods.mixture import mix
 from retro_jax.evaluation.methods.tuned import Evidence
 
 _STEPS = 200
 _DECAY = 1e-3  # of w, per token, against learning the tuning set by heart
+_CLOSED = -1e3  # a bias whose sigmoid is 0
 _NEVER = -1e4  # ln of a probability that is 0, which has a derivative
 
 
@@ -42,7 +43,7 @@ class Spalm(KnnLm):
         evidence = super().gather(evaluated)
         context = self.context
         found = predictions(
-            context.forward(hidden=True), evaluated.corpus, **context.windows, description=f"{evaluated.name}: states"
+            context.with_states, evaluated.corpus, **context.windows, description=f"{evaluated.name}: states"
         )
         return Evidence(
             evidence.documents,
@@ -52,7 +53,7 @@ class Spalm(KnnLm):
 
     def fit(self, evidence: Evidence) -> dict[str, Any]:
         start = super().fit(evidence)
-        found = neighbour_log_probability(evidence["distances"], evidence["matches"], start["sharpness"])
+        found = self._log_knn(evidence, start["sharpness"])
         kernel, bias = train_gate(evidence["states"], evidence.nats, found, start["weight"])
         return {"sharpness": start["sharpness"], "kernel": kernel, "bias": bias}
 
@@ -60,7 +61,7 @@ class Spalm(KnnLm):
         raise UserError("spalm trains its gate on a tuning set; give one")
 
     def apply(self, parameters: dict[str, Any], evidence: Evidence) -> np.ndarray:
-        found = neighbour_log_probability(evidence["distances"], evidence["matches"], parameters["sharpness"])
+        found = self._log_knn(evidence, parameters["sharpness"])
         return mix(evidence.nats, found, gate(evidence["states"], parameters["kernel"], parameters["bias"]))
 
     def describe(self, parameters: dict[str, Any]) -> dict[str, Any]:
@@ -105,5 +106,5 @@ def train_gate(states: np.ndarray, nats: np.ndarray, log_other: np.ndarray, weig
     (found, _), _ = jax.jit(lambda start: jax.lax.scan(step, (start, solver.init(start)), None, length=_STEPS))(start)
     kernel, bias = np.asarray(found["kernel"], np.float64), float(found["bias"])
     if not mix(nats, log_other, gate(states, kernel, bias)).sum() <= mix(nats, log_other, weight).sum():
-        return np.zeros(states.shape[1]), float(np.log(weight) - np.log1p(-weight)) if weight > 0 else -np.inf
+        return np.zeros(states.shape[1]), float(np.log(weight) - np.log1p(-weight)) if weight > 0 else _CLOSED
     return kernel, bias

@@ -61,7 +61,7 @@ class Bm25Neighbours:
         context.run.check_tokenizer(corpus.tokenizer_fingerprint, str(corpus.directory))
         neighbourhood = Neighbourhood(self.table(evaluated), context.database_corpus(), context.k)
         spans = scored_spans(
-            context.forward(),
+            context.plain,
             corpus,
             **context.windows,
             neighbourhood=neighbourhood,

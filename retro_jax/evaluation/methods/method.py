@@ -1,17 +1,20 @@
 """What a comparison method is: something that gives every token of a corpus a loss, as a model by itself does."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from flax import nnx
 
 from retro_jax.data.corpus import Corpus
 from retro_jax.errors import UserError
 from retro_jax.evaluation.evaluated import Evaluated
 from retro_jax.evaluation.forward import Forward
 from retro_jax.evaluation.losses import LossCollector, TokenLosses
+from retro_jax.evaluation.methods.activations import key_params
 from retro_jax.retrieval.segments import DatabaseCorpus
 from retro_jax.training.trained import TrainedRun
 
@@ -55,7 +58,7 @@ class MethodOptions:
     datastore_share: float = 1.0
     datastore_search: str = "auto"
     cache_size: int = 1024
-    prepended: int = 1
+    prepended: int = 2
     prepend_stride: int = 1
     candidates: int = 100
 
@@ -99,11 +102,25 @@ class MethodContext:
         """window and stride, as `scored_spans` takes them."""
         return {"window": self.window, "stride": self.stride}
 
-    def forward(self, *, params: Any = None, hidden: bool = False) -> Forward:
-        """The run's model, or the same with other parameters."""
+    @functools.cached_property
+    def plain(self) -> Forward:
+        """The run's model, for losses alone: exactly the baseline's."""
+        return self._forward(self.run.params)
+
+    @functools.cached_property
+    def with_states(self) -> Forward:
+        """The run's model, with what its output head reads."""
+        return self._forward(self.run.params, hidden=True)
+
+    @functools.cached_property
+    def with_keys(self) -> Forward:
+        """The keys of kNN-LM as hidden states; its losses mean nothing."""
+        return self._forward(key_params(self.run.plan, self.run.params), hidden=True)
+
+    def _forward(self, params: nnx.State, *, hidden: bool = False) -> Forward:
         return Forward(
             self.run.plan,
-            self.run.params if params is None else params,
+            params,
             self.run.mesh,
             batch_size=self.batch_size,
             hidden=hidden,

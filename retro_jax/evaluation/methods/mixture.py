@@ -7,6 +7,8 @@ Only the probability of the token that came is needed, so both sides are one num
 distribution does not exist (nothing is remembered yet) its logarithm is NaN and the language model stands alone.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 
 _HALVINGS = 60
@@ -50,6 +52,27 @@ def best_weight(nats: np.ndarray, log_other: np.ndarray) -> float:
             high = middle
     # The lower end: the sum still falls towards it from 0.
     return low
+
+
+def best_mixture(nats: np.ndarray, candidates: Iterable[tuple[float, np.ndarray]]) -> tuple[float, float]:
+    """Of several second distributions the one that makes the best mixture, and its weight.
+
+    Args:
+      nats: [n] of the tokens that it is tuned on.
+      candidates: a number that names it (a temperature, say) and `log_other` [n] of each, at least one.
+
+    Returns:
+      (the number, lambda); the first candidate's with weight 0 where none is of use.
+    """
+    least, best = np.asarray(nats, np.float64).sum(), None
+    for name, log_other in candidates:
+        weight = best_weight(nats, log_other)
+        found = mix(nats, log_other, weight).sum()
+        if best is None or found < least:
+            best = (name, weight if found < least else 0.0)
+            least = min(found, least)
+    assert best is not None, "no candidate to choose from"
+    return best
 
 
 def neighbour_log_probability(distances: np.ndarray, matches: np.ndarray, sharpness: float) -> np.ndarray:

@@ -21,7 +21,7 @@ from retro_jax.evaluation.forward import Forward
 from retro_jax.evaluation.losses import LossCollector, TokenLosses
 from retro_jax.evaluation.methods.knn_lm import predicted_text
 from retro_jax.evaluation.methods.method import MethodContext
-from retro_jax.evaluation.methods.mixture import best_weight, log_sum, mix
+from retro_jax.evaluation.methods.mixture import best_mixture, log_sum, mix
 from retro_jax.evaluation.methods.tuned import Evidence, TunedMethod
 from retro_jax.evaluation.neighbourhood import Neighbourhood
 from retro_jax.evaluation.passes import corpus_windows, document_tokens
@@ -145,7 +145,7 @@ class Prepend:
         neighbours = _neighbour_texts(evaluated, every, count)
         rows = [(piece, joined(texts, context.window // 2)) for piece, texts in zip(every, neighbours, strict=True)]
         collector = LossCollector(corpus)
-        found = read(context.forward(), corpus, rows, context.window, f"{evaluated.name}: {self.name}")
+        found = read(context.plain, corpus, rows, context.window, f"{evaluated.name}: {self.name}")
         for piece, nats in zip(every, found, strict=True):
             collector.add(piece.window.document, piece.first, nats)
         read_tokens = float(np.mean([len(prefix) for _, prefix in rows]))
@@ -183,21 +183,15 @@ class Rag(TunedMethod):
                 owners.append((number, place))
         firsts = np.cumsum([0, *(piece.stop - piece.first for piece in every)])
         after = np.full((firsts[-1], count), np.inf, np.float32)
-        found = read(context.forward(), corpus, rows, context.window, f"{evaluated.name}: {self.name}")
+        found = read(context.plain, corpus, rows, context.window, f"{evaluated.name}: {self.name}")
         for (number, place), costs in zip(owners, found, strict=True):
             after[firsts[number] : firsts[number + 1], place] = costs
         return Evidence(documents, nats, {"after": after, "distances": np.repeat(distances, np.diff(firsts), axis=0)})
 
     def fit(self, evidence: Evidence) -> dict[str, Any]:
-        best: dict[str, Any] = {"weight": 0.0, "sharpness": 0.0}
-        least = evidence.nats.sum(dtype=np.float64)
-        for sharpness in _SHARPNESS:
-            found = _mixed(evidence, sharpness)
-            weight = best_weight(evidence.nats, found)
-            nats = mix(evidence.nats, found, weight).sum()
-            if nats < least:
-                least, best = nats, {"weight": weight, "sharpness": sharpness}
-        return best
+        candidates = ((sharpness, _mixed(evidence, sharpness)) for sharpness in _SHARPNESS)
+        sharpness, weight = best_mixture(evidence.nats, candidates)
+        return {"weight": weight, "sharpness": sharpness}
 
     def fixed(self) -> dict[str, Any]:
         return {"weight": 0.5, "sharpness": 0.0}

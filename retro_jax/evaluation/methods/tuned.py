@@ -31,8 +31,8 @@ class Evidence:
     def __getitem__(self, name: str) -> np.ndarray:
         return self.arrays[name]
 
-    def of(self, rows: np.ndarray) -> "Evidence":
-        """The rows where a mask [n] is true."""
+    def of(self, rows: np.ndarray | slice) -> "Evidence":
+        """Some of the rows, by a mask [n] or a slice."""
         return Evidence(
             self.documents[rows], self.nats[rows], {name: array[rows] for name, array in self.arrays.items()}
         )
@@ -56,6 +56,8 @@ class TunedMethod(abc.ABC):
         self.inputs: dict[str, str] = {}
         if context.tuning is not None:
             self.inputs["tuning"] = context.tuning.corpus.fingerprint
+            if self.needs_neighbours and context.tuning.neighbours is not None:
+                self.inputs["tuning_neighbours"] = context.tuning.neighbours.fingerprint
 
     @abc.abstractmethod
     def gather(self, evaluated: Evaluated) -> Evidence:
@@ -91,13 +93,13 @@ class TunedMethod(abc.ABC):
         self.context.run.check_tokenizer(corpus.tokenizer_fingerprint, str(corpus.directory))
         evidence = self.gather(evaluated)
         if tuning is None:
-            tuned_on, parts = "nothing", [(np.ones(len(evidence.nats), bool), self.fixed())]
+            tuned_on, parts = "nothing", [(slice(None), self.fixed())]
         elif tuning.corpus.fingerprint == corpus.fingerprint:
             second = second_half(corpus)[evidence.documents]
             tuned_on = f"the other half of {tuning.name}"
             parts = [(second == side, self.fit(evidence.of(second != side))) for side in (False, True)]
         else:
-            tuned_on, parts = tuning.name, [(np.ones(len(evidence.nats), bool), self._tuned)]
+            tuned_on, parts = tuning.name, [(slice(None), self._tuned)]
         nats = np.empty(len(evidence.nats), np.float64)
         for rows, parameters in parts:
             nats[rows] = self.apply(parameters, evidence.of(rows))

@@ -69,17 +69,22 @@ def shared_work(tmp_path_factory):
 def make_context(small_data, baseline, shared_work):
     """`make_context(run=, tuning=, work=, batch_size=, k=, **options)`."""
 
+    kept = {}  # a context compiles its programs once
+
     def make(run=None, *, tuning=None, work=None, batch_size=8, k=2, window=4 * M, stride=2 * M, **options):
-        return MethodContext(
-            run=run or baseline,
-            window=window,
-            stride=stride,
-            batch_size=batch_size,
-            k=k,
-            database=small_data.database,
-            work=work or shared_work,
-            tuning=tuning,
-            options=MethodOptions(**options),
-        )
+        key = (id(run), id(tuning), work, batch_size, k, window, stride, *options.items())
+        if key not in kept:
+            kept[key] = MethodContext(
+                run=run or baseline,
+                window=window,
+                stride=stride,
+                batch_size=batch_size,
+                k=k,
+                database=small_data.database,
+                work=work or shared_work,
+                tuning=tuning,
+                options=MethodOptions(**options),
+            )
+        return kept[key]
 
     return make

@@ -27,8 +27,7 @@ from retro_jax.retrieval.embedder import EmbeddingSet
 def test_keys_are_what_the_last_feed_forward_layer_reads(valid, make_run, monkeypatch, cca_layers):
     run = make_run(cca_layers=cca_layers, scan_layers=False)
     tokens = valid.corpus.tokens(np.arange(4)).reshape(1, -1)
-    neighbours = valid.database.neighbour_tokens(valid.neighbours.ids(np.arange(4)))[None] if cca_layers else None
-    hidden = jax.jit(lambda params: run.plan.merge(params).hidden(tokens, neighbours))
+    hidden = jax.jit(lambda params: run.plan.merge(params).hidden(tokens))
     found = hidden(key_params(run.plan, run.params))
     inputs, apply = [], FeedForward.__call__
 
@@ -37,19 +36,18 @@ def test_keys_are_what_the_last_feed_forward_layer_reads(valid, make_run, monkey
         return apply(self, x)
 
     monkeypatch.setattr(FeedForward, "__call__", watched)
-    read = jax.jit(lambda params: (run.plan.merge(params).hidden(tokens, neighbours), inputs[-1])[1])
+    read = jax.jit(lambda params: (run.plan.merge(params).hidden(tokens), inputs[-1])[1])
     np.testing.assert_allclose(found, read(run.params), rtol=1e-5, atol=1e-6)
 
 
-def test_the_datastore_holds_every_token_of_the_database_once_and_in_order(make_context, baseline, database_as_set):
+def test_the_datastore_holds_every_token_of_the_database_once_and_in_order(make_context, database_as_set):
     context = make_context()
     store = build_datastore(context, context.work / "datastore")
     corpus = database_as_set.corpus
     tokens = corpus.tokens(np.arange(corpus.num_chunks))
     labels = tokens[tokens > 1]  # neither padding nor start tokens
     np.testing.assert_array_equal(store.values, labels)
-    forward = context.forward(params=key_params(baseline.plan, baseline.params), hidden=True)
-    found = list(predictions(forward, corpus, **context.windows, with_end=True))
+    found = list(predictions(context.with_keys, corpus, **context.windows, with_end=True))
     np.testing.assert_array_equal(np.concatenate([one.labels for one in found]), labels)
     keys = EmbeddingSet(context.work / "datastore" / "keys", verify=True)
     assert len(keys) == len(labels)
@@ -98,7 +96,7 @@ def test_scann_finds_what_exact_search_finds(make_context, database_as_set, tmp_
 
 def plain_losses(context, corpus):
     """What launch/evaluate.py gives for the model alone."""
-    return collect(corpus, scored_spans(context.forward(), corpus, **context.windows))
+    return collect(corpus, scored_spans(context.plain, corpus, **context.windows))
 
 
 def test_a_weight_of_zero_is_the_baseline_bit_for_bit(make_context, valid, monkeypatch):

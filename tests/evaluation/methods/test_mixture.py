@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retro_jax.evaluation.methods.mixture import best_weight, log_sum, mix, neighbour_log_probability
+from retro_jax.evaluation.methods.mixture import best_mixture, best_weight, log_sum, mix, neighbour_log_probability
 
 probability = st.floats(1e-12, 1.0)
 
@@ -42,6 +42,14 @@ def test_the_tuned_weight_is_no_worse_than_any_other(pairs):
     assert least <= nats.sum() + 1e-9 * len(nats)
     for rival in np.linspace(0, 0.999, 200):
         assert least <= mix(nats, log_other, rival).sum() + 1e-7 * len(nats)
+
+
+def test_of_several_distributions_the_one_that_helps_most_is_taken_and_none_where_none_helps():
+    nats = np.full(4, 1.0)
+    useless, good, better = (np.log(np.full(4, p)) for p in (0.1, 0.5, 0.9))
+    name, weight = best_mixture(nats, [(7.0, useless), (8.0, better), (9.0, good)])
+    assert name == 8.0 and weight > 0.99
+    assert best_mixture(nats, [(7.0, useless), (8.0, useless)]) == (7.0, 0.0)
 
 
 def test_a_distribution_that_never_knows_more_gets_no_weight():
