@@ -112,7 +112,7 @@ SIZES = {
         steps=(15,),
         ks=(1, 10),
         shares=(1.0, 0.25),
-        datastore_share=1.0,
+        datastore_share=0.5,
         people=60,
     ),
 }
