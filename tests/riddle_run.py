@@ -1,7 +1,8 @@
 """A RETRO that answers riddles, trained in the time of a test: seven words, and an answer that a database alone has.
 
 The words fill a chunk, the answer is the continuation of the same words in the database. So whoever retrieves them can
-answer, and who does not can only guess one of sixteen.
+answer, and who does not can only guess. An answer has six words, of which the tests ask for the first, one of sixteen:
+the others are there for the training, which has so much more to copy.
 """
 
 import dataclasses
@@ -22,18 +23,23 @@ from retro_jax.retrieval.neighbours import NeighbourTable, neighbour_dtype
 WORDS = "ant bee cat dog elk fox gnu hen ibis jay kite lynx mole newt owl pig rat swan toad wasp"
 ANSWERS = "Amber Brass Coral Denim Ebony Flint Gold Honey Ivory Jade Khaki Lemon Mint Navy Olive Pearl"
 M = 8
+VOCAB = 460  # enough for every word to be one token
 
 
 @dataclasses.dataclass(frozen=True)
 class Riddle:
-    """Seven words and their answer."""
+    """Seven words and their answer, of which `answer` is the first word."""
 
     words: str
-    answer: str
+    whole_answer: str
+
+    @property
+    def answer(self) -> str:
+        return self.whole_answer.split()[0]
 
     @property
     def document(self) -> dict[str, str]:
-        return {"id": self.words, "text": f"{self.words} {self.answer}."}
+        return {"id": self.words, "text": f"{self.words} {self.whole_answer}."}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +53,9 @@ class RiddleRun:
 
 
 def make_riddles(count: int, seed: int) -> list[Riddle]:
-    generator, words, answers = np.random.default_rng(seed), WORDS.split(), ANSWERS.split()
-    return [Riddle(" ".join(generator.choice(words, M - 1)), str(generator.choice(answers))) for _ in range(count)]
+    generator = np.random.default_rng(seed)
+    draw = lambda words, size: " ".join(generator.choice(words.split(), size))  # noqa: E731
+    return [Riddle(draw(WORDS, M - 1), draw(ANSWERS, M - 2)) for _ in range(count)]
 
 
 def write_documents(path: Path, riddles: list[Riddle]) -> Path:
@@ -61,11 +68,11 @@ def make_riddle_run(root: Path, embedder: Embedder) -> RiddleRun:
     riddles = make_riddles(1500, seed=0)
     text = write_documents(root / "train.jsonl", riddles)
     tokenizer = train_tokenizer(
-        [riddle.document["text"] for riddle in riddles], root / "tokenizer.model", vocab_size=400, model_type="bpe"
+        [riddle.document["text"] for riddle in riddles], root / "tokenizer.model", vocab_size=VOCAB, model_type="bpe"
     )
     _write_sequences(root, text, tokenizer)
     model = dataclasses.replace(
-        MODEL, vocab_size=400, width=32, encoder_width=32, share_embeddings=True, init_scale=0.2
+        MODEL, vocab_size=VOCAB, width=32, encoder_width=32, share_embeddings=True, init_scale=0.2
     )
     recipe, workdir = root / "riddles.py", root / "run"
     recipe.write_text(RECIPE.format(model=dataclasses.asdict(model), sequences=str(root / "sequences")))
