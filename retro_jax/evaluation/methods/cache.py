@@ -18,7 +18,7 @@ from retro_jax.evaluation.methods.mixture import best_mixture, log_sum, mix
 from retro_jax.evaluation.methods.tuned import Evidence, TunedMethod
 
 # theta times the mean squared length of the states.
-_FLATNESS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+_SHARPNESS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
 _FIXED = {"weight": 0.1, "theta": 4.0}
 _QUERIES_AT_ONCE = 256
 
@@ -37,7 +37,7 @@ class ContinuousCache(TunedMethod):
         documents, _, nats = predicted_text(context, evaluated)
         # The length of a normalised state does not depend on the text, so that theta means the same for every set.
         norm = context.run.plan.merge(context.run.params).decoder.norm
-        thetas = np.array(_FLATNESS) / float(np.square(np.asarray(norm.scale[...], np.float64)).sum())
+        thetas = np.array(_SHARPNESS) / float(np.square(np.asarray(norm.scale[...], np.float64)).sum())
         found = [
             cache_log_probabilities(one.states, one.labels, thetas, context.options.cache_size)
             for one in predictions(
@@ -50,14 +50,14 @@ class ContinuousCache(TunedMethod):
         return Evidence(documents, nats, {"log_cache": np.concatenate(found)})
 
     def fit(self, evidence: Evidence) -> dict[str, Any]:
-        theta, weight = best_mixture(evidence.nats, zip(_FLATNESS, evidence["log_cache"].T, strict=True))
+        theta, weight = best_mixture(evidence.nats, zip(_SHARPNESS, evidence["log_cache"].T, strict=True))
         return {"weight": weight, "theta": theta}
 
     def fixed(self) -> dict[str, Any]:
         return dict(_FIXED)
 
     def apply(self, parameters: dict[str, Any], evidence: Evidence) -> np.ndarray:
-        column = _FLATNESS.index(parameters["theta"])
+        column = _SHARPNESS.index(parameters["theta"])
         return mix(evidence.nats, evidence["log_cache"][:, column], parameters["weight"])
 
 

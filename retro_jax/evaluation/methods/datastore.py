@@ -24,12 +24,12 @@ from retro_jax.evaluation.methods.method import MethodContext
 from retro_jax.retrieval.embedder import EmbeddingSet
 from retro_jax.retrieval.exact import exact_search
 from retro_jax.retrieval.index_build import build_index
+from retro_jax.retrieval.index_settings import BRUTE_FORCE_LIMIT
 from retro_jax.retrieval.segments import DatabaseCorpus
 
 if TYPE_CHECKING:  # ScaNN is loaded only where it searches
     from retro_jax.retrieval.index import Index
 
-EXACT_LIMIT = 100_000
 _CHUNKS_A_SHARD = 16_384
 _LARGEST = float(np.finfo(np.float16).max)
 
@@ -83,7 +83,7 @@ def build_datastore(context: MethodContext, directory: str | os.PathLike) -> Dat
     _write_keys(context, database, shards, directory / "keys")
     keys = EmbeddingSet(directory / "keys")
     assert len(keys) == len(values), f"{len(keys)} keys for {len(values)} tokens"
-    if options.datastore_search == "exact" or (options.datastore_search == "auto" and len(keys) <= EXACT_LIMIT):
+    if options.datastore_search == "exact" or (options.datastore_search == "auto" and len(keys) <= BRUTE_FORCE_LIMIT):
         return Datastore(keys, values, None)
     from retro_jax.retrieval.index import Index
 

@@ -47,7 +47,7 @@ class MethodOptions:
     Attributes:
       neighbours: k of kNN-LM and of the gate; 10 in the paper (section 4.1), 1024 in Khandelwal et al. 2020.
       datastore_share: of the database's documents that the datastore is made of, evenly spread; in (0, 1].
-      datastore_search: "exact", "scann", or "auto": exact up to 100,000 keys.
+      datastore_search: "exact", "scann", or "auto": exact up to 20,000 keys.
       cache_size: tokens of the same document that the cache remembers.
       prepended: neighbours read in the context; the nearest stands last.
       prepend_stride: chunks that are scored with the same prepended neighbours, those of the chunk before them.

@@ -178,9 +178,9 @@ def test_a_gate_where_the_neighbours_know_nothing_stays_closed(make_context):
 
 def test_a_damaged_datastore_is_named(make_context, tmp_path):
     context = make_context()
+    assert EOS_ID in build_datastore(context, context.work / "datastore").values
     shutil.copytree(context.work / "datastore", tmp_path / "datastore")
     shard = next((tmp_path / "datastore" / "keys").glob("keys-*.npy"))
     shard.write_bytes(shard.read_bytes()[:-2])
     with pytest.raises(UserError, match="the manifest says"):
         build_datastore(context, tmp_path / "datastore")
-    assert EOS_ID in build_datastore(context, context.work / "datastore").values
