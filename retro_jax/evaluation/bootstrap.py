@@ -8,6 +8,8 @@ import numpy as np
 from retro_jax.evaluation.bits_per_byte import DocumentScores
 
 RESAMPLES = 2000
+# Of fewer units an interval of percentiles is too narrow to claim anything by it.
+FEWEST_UNITS = 8
 _SEED = 0
 
 
@@ -28,8 +30,8 @@ class Difference:
 
     @property
     def is_certain(self) -> bool:
-        """Whether zero lies outside the interval; never so for fewer than two units, which have no spread."""
-        return self.units > 1 and (self.high < 0 or self.low > 0)
+        """Whether zero lies outside the interval, and there are units enough to believe it."""
+        return self.units >= FEWEST_UNITS and (self.high < 0 or self.low > 0)
 
     def as_json(self) -> dict[str, float | int | bool]:
         return {**dataclasses.asdict(self), "is_certain": self.is_certain}

@@ -327,13 +327,11 @@ def _label(model: Model, method: str) -> str:
 
 
 def _pairs(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """Which rows are compared: each with the first, and within a model OFF with ON and ON with shuffled."""
-    first = rows[0]["label"]
-    pairs = [(first, row["label"]) for row in rows[1:]]
+    """Which rows are compared: each with the first, and within a RETRO each with OFF and with ON."""
+    pairs = [(rows[0]["label"], row["label"]) for row in rows[1:]]
     for row in rows:
         own = {other["method"]: other["label"] for other in rows if other["model"] == row["model"]}
-        if row["method"] == "on":
-            pairs.append((own["off"], row["label"]))
-            if "shuffled" in own:
-                pairs += [(row["label"], own["shuffled"]), (own["off"], own["shuffled"])]
+        pairs += [
+            (own[mode], row["label"]) for mode in ("off", "on") if mode in own and row["method"] not in ("off", mode)
+        ]
     return list(dict.fromkeys(pairs))

@@ -187,7 +187,7 @@ def _set_blocks(entry: Mapping[str, Any], drawn: set[str]) -> list[Block]:
 def _scores_table(entry: Mapping[str, Any]) -> Block:
     rows = entry["rows"]
     first = rows[0]["label"]
-    header = ["", "k", "bits/byte", f"against {first} (95 %)", "against off (95 %)", "nats/token"]
+    header = ["", "k", "bits/byte", f"against {first} (95 %)", "against OFF (95 %)", "nats/token"]
     words = any("word_perplexity" in row for row in rows)
     body = []
     for row in rows:
@@ -258,7 +258,7 @@ def _sweep_table(sweep: Mapping[str, Any], x: str, percent: bool) -> Block:
     header: tuple[str, ...] = (x, "bits/byte")
     differences = "difference" in sweep["points"][0]
     found = "neighbours_found" in sweep["points"][0]
-    header += (("against off (95 %)",) if differences else ()) + (("neighbours found",) if found else ())
+    header += (("against OFF (95 %)",) if differences else ()) + (("neighbours found",) if found else ())
     body = []
     for point in sweep["points"]:
         line = [f"{100 * point['x']:.4g} %" if percent else f"{point['x']:,}", f"{point['bits_per_byte']:.4f}"]

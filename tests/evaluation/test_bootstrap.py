@@ -48,6 +48,12 @@ def test_documents_of_a_group_count_as_one():
     assert (together.low, together.high) == pytest.approx((alone.low, alone.high))
 
 
+def test_few_documents_prove_nothing_however_alike_they_are():
+    for count, certain in ((7, False), (8, True)):
+        base = np.full(count, 100.0)
+        assert bits_per_byte_difference(scores(base), scores(base - 50)).is_certain == certain
+
+
 def test_documents_without_scored_bytes_count_for_nothing():
     found = bits_per_byte_difference(scores([50, 0], [10, 0]), scores([40, 0], [10, 0]))
     assert found.units == 1 and not found.is_certain
