@@ -4,8 +4,8 @@
     DATASTORE/index    ScaNN over them, as tools/build_index.py builds it; where there are too many for exact search
 
 The tokens are those of the corpus, in its order, and are not written again. A key takes 2 D bytes on disk: a million
-tokens 256 MB at D = 128, 2 GB at D = 1024 (the paper's Wikipedia, 4 B tokens of 1024 float32, is 15 TB). Exact search
-reads them from disk in blocks; ScaNN holds float32 vectors and codes in memory, about 4.5 D bytes a token.
+tokens 256 MB at D = 128, 2 GB at D = 1024 (the paper's Wikipedia, 4 B tokens of 1024 float32, is 15 TB). An index is
+4 to 5 D bytes a token, on disk and in memory; twice that while it is built.
 """
 
 import os
@@ -16,7 +16,7 @@ import numpy as np
 
 from retro_jax.data.arrays import ArrayWriter
 from retro_jax.data.corpus import Corpus
-from retro_jax.data.stage import Stage, shard_name
+from retro_jax.data.stage import MANIFEST, Stage, shard_name
 from retro_jax.data.tokenizer import BOS_ID, PAD_ID
 from retro_jax.errors import UserError
 from retro_jax.evaluation.methods.activations import predictions
@@ -24,12 +24,13 @@ from retro_jax.evaluation.methods.method import MethodContext
 from retro_jax.retrieval.embedder import EmbeddingSet
 from retro_jax.retrieval.exact import exact_search
 from retro_jax.retrieval.index_build import build_index
-from retro_jax.retrieval.index_settings import BRUTE_FORCE_LIMIT
+from retro_jax.retrieval.index_settings import BRUTE_FORCE_LIMIT, IndexSettings
 from retro_jax.retrieval.segments import DatabaseCorpus
 
 if TYPE_CHECKING:  # ScaNN is loaded only where it searches
     from retro_jax.retrieval.index import Index
 
+_TREE_FROM = 1_000_000
 _CHUNKS_A_SHARD = 16_384
 _LARGEST = float(np.finfo(np.float16).max)
 
@@ -83,12 +84,26 @@ def build_datastore(context: MethodContext, directory: str | os.PathLike) -> Dat
     _write_keys(context, database, shards, directory / "keys")
     keys = EmbeddingSet(directory / "keys")
     assert len(keys) == len(values), f"{len(keys)} keys for {len(values)} tokens"
-    if options.datastore_search == "exact" or (options.datastore_search == "auto" and len(keys) <= BRUTE_FORCE_LIMIT):
-        return Datastore(keys, values, None)
+    kind = options.datastore_search
+    if kind == "auto":
+        kind = "exact" if len(keys) <= BRUTE_FORCE_LIMIT else "brute_force" if len(keys) <= _TREE_FROM else "tree"
+    return Datastore(keys, values, None if kind == "exact" else _index(keys, directory / "index", kind))
+
+
+def _index(keys: EmbeddingSet, directory: Path, kind: str) -> "Index":
+    """The index of the keys: the one that is there, however it was built, or a new one.
+
+    Keys lie in few directions, more so those of a model that is hardly trained, and product codes may not tell them
+    apart: then a tree fails its recall, and tools/build_index.py can build another.
+    """
     from retro_jax.retrieval.index import Index
 
-    build_index(keys, directory / "index")
-    return Datastore(keys, values, Index.load(directory / "index"))
+    if not (directory / MANIFEST).is_file():
+        build_index(keys, directory, IndexSettings(kind))
+    index = Index.load(directory)
+    if index.manifest.inputs["embeddings"] != keys.fingerprint:
+        raise UserError(f"{directory} was built from other keys than {keys.directory}; remove it")
+    return index
 
 
 def _write_keys(

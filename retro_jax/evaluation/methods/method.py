@@ -18,6 +18,8 @@ from retro_jax.evaluation.methods.activations import key_params
 from retro_jax.retrieval.segments import DatabaseCorpus
 from retro_jax.training.trained import TrainedRun
 
+SEARCHES = ("auto", "exact", "brute_force", "tree")
+
 
 class Method(Protocol):
     """A comparison method, made for one run and one database.
@@ -47,7 +49,8 @@ class MethodOptions:
     Attributes:
       neighbours: k of kNN-LM and of the gate; 10 in the paper (section 4.1), 1024 in Khandelwal et al. 2020.
       datastore_share: of the database's documents that the datastore is made of, evenly spread; in (0, 1].
-      datastore_search: "exact", "scann", or "auto": exact up to 20,000 keys.
+      datastore_search: "exact" in NumPy, ScaNN's "brute_force", exact as well and much quicker, or its "tree"; "auto"
+        is the first up to 20,000 keys, the second up to a million.
       cache_size: tokens of the same document that the cache remembers.
       prepended: neighbours read in the context; the nearest stands last.
       prepend_stride: chunks that are scored with the same prepended neighbours, those of the chunk before them.
@@ -68,8 +71,8 @@ class MethodOptions:
                 raise UserError(f"{name} must be at least 1, is {getattr(self, name)}")
         if not 0 < self.datastore_share <= 1:
             raise UserError(f"datastore_share lies in (0, 1], not {self.datastore_share}")
-        if self.datastore_search not in ("auto", "exact", "scann"):
-            raise UserError(f"datastore_search {self.datastore_search!r} is none of auto, exact, scann")
+        if self.datastore_search not in SEARCHES:
+            raise UserError(f"datastore_search {self.datastore_search!r} is none of {', '.join(SEARCHES)}")
 
 
 @dataclasses.dataclass(frozen=True)

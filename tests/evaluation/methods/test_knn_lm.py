@@ -89,9 +89,16 @@ def test_a_share_of_the_database_is_evenly_spread(make_context, database_as_set,
 def test_scann_finds_what_exact_search_finds(make_context, database_as_set, tmp_path):
     exact = build_datastore(make_context(datastore_search="exact"), tmp_path)
     queries = EmbeddingSet(tmp_path / "keys")[:50]
-    scann = build_datastore(make_context(datastore_search="scann"), tmp_path)
+    scann = build_datastore(make_context(datastore_search="brute_force"), tmp_path)
     for ours, theirs in zip(scann.search(queries, 3), exact.search(queries, 3), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+    # An index that is there is taken, however it was built.
+    assert build_datastore(make_context(datastore_search="tree"), tmp_path).fingerprint == scann.fingerprint
+    other = build_datastore(make_context(datastore_search="exact", datastore_share=0.5), tmp_path / "other")
+    assert other.fingerprint != exact.fingerprint
+    shutil.copytree(tmp_path / "index", tmp_path / "other" / "index")
+    with pytest.raises(UserError, match="built from other keys"):
+        build_datastore(make_context(datastore_search="brute_force", datastore_share=0.5), tmp_path / "other")
 
 
 def plain_losses(context, corpus):
