@@ -5,11 +5,17 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 WORKERS ?= 2
+SIZE    ?= small
+RESULTS ?= results
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo results test test-all lint bench clean
 
 demo: $(READY)
 	$(BIN)/python launch/demo.py --workdir=demo
+
+# DATA=FOLDER with the text that launch/results.py describes; SIZE=large for one GPU.
+results: $(READY)
+	$(BIN)/python launch/results.py --data="$(DATA)" --workdir="$(RESULTS)" --size="$(SIZE)"
 
 test: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist=loadfile -m "not slow"

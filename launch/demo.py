@@ -8,23 +8,17 @@ where it stopped: data sets and runs that are finished are not made again.
 
 import json
 import os
-import shlex
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 from absl import flags
 
 from retro_jax import program
-from retro_jax.data.stage import atomic_write, write_json
-from retro_jax.errors import UserError
+from retro_jax.data.stage import atomic_write
 from retro_jax.evaluation.report import render
-from retro_jax.parallel.topology import WITHOUT_TPU
+from retro_jax.pipeline import Pipeline
 from retro_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = "stages.json"
 
 _WORKDIR = flags.DEFINE_string("workdir", "demo", "Directory for everything the demo makes.")
 _EMBEDDER = flags.DEFINE_string("embedder", None, "BERT to embed with; all-MiniLM-L6-v2 is downloaded by default.")
@@ -52,7 +46,7 @@ EVALUATIONS = {
 def main() -> None:
     work = Path(_WORKDIR.value)
     work.mkdir(parents=True, exist_ok=True)
-    demo = Demo(work)
+    demo = Pipeline(work, ROOT, "make demo", os.environ)
 
     # Text
     sample = ROOT / "experiments" / "sample" / "sample.jsonl"
@@ -154,47 +148,6 @@ def main() -> None:
     )
     report = _write_report(work, demo.stages, page)
     print(f"\nThe report: {report}\nWhat retrieval changed, token by token: {page}")
-
-
-class Demo:
-    """Runs the steps one by one and remembers how long each took until it was finished."""
-
-    def __init__(self, work: Path) -> None:
-        self._path = work / STAGES
-        # Several steps run the same model: what one has compiled, the next one finds.
-        self._environment = {"JAX_COMPILATION_CACHE_DIR": str((work / "compiled").absolute()), **os.environ}
-        if not (list(Path("/dev").glob("accel*")) or Path("/dev/vfio").exists()):  # as TPUs show themselves
-            self._environment = {**WITHOUT_TPU, **self._environment}
-        records = json.loads(self._path.read_text(encoding="utf-8")) if self._path.is_file() else []
-        self._records: dict[str, dict] = {record["stage"]: record for record in records}
-
-    @property
-    def stages(self) -> list[tuple[str, float]]:
-        """Each step and its seconds, in order."""
-        return [(name, record["seconds"]) for name, record in self._records.items()]
-
-    def run(self, name: str, script: str, **options: object) -> None:
-        """Runs a program with flags; its failure ends the demo with its own message."""
-        arguments = [_flag(key, value) for key, value in options.items()]
-        print(f"\n[{name}]\n$ python {script} {shlex.join(arguments)}", flush=True)
-        begun = time.monotonic()
-        command = [sys.executable, str(ROOT / script), *arguments]
-        status = subprocess.run(command, check=False, env=self._environment).returncode
-        record = self._records.setdefault(name, {"stage": name, "seconds": 0.0, "finished": False})
-        if not record["finished"]:
-            record["seconds"] += time.monotonic() - begun
-            record["finished"] = status == 0
-            write_json(self._path, list(self._records.values()))
-        if status:
-            raise UserError(f"the demo stopped at {name!r} (exit status {status}); `make demo` goes on from there")
-
-
-def _flag(key: str, value: object) -> str:
-    if isinstance(value, bool):
-        return f"--{key}" if value else f"--no{key}"
-    if key == "config":
-        return f"--config={ROOT / str(value)}"
-    return f"--{key}={value}"
 
 
 def _beginning(work: Path, characters: int) -> str:

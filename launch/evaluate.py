@@ -1,14 +1,24 @@
-"""Exact bits-per-byte of trained runs over whole documents, with retrieval off, on and shuffled.
+"""Exact bits-per-byte of trained runs over whole documents, with retrieval off, on and shuffled; the paper's suite.
 
     python launch/evaluate.py --workdir=runs/baseline,runs/retro --corpus=valid/corpus \\
         --neighbours=valid/neighbours --database=database --output=bpb.json
     launch/local.sh -n 2 python launch/evaluate.py ...        # in several processes, with the same figures
+    python launch/evaluate.py --suite=paper --workdir=runs/baseline,runs/retro --database=database \\
+        --sets=valid,wikitext,lambada --sweeps=valid --methods=knn_lm,cache --output=results
 
 A baseline is evaluated as it is. A RETRO is evaluated OFF (no retrieval), ON, and with the neighbours of other
 documents (shuffled): when shuffled is as good as ON, retrieval is not used.
+
+The suite does everything that applies to sets of documents, each a directory with corpus/, neighbours/ and, for
+completions and words, documents.jsonl: by source, by leakage, by overlap, perplexity per word, completions in both
+alignments, comparison methods, sweeps over neighbours, database size and training steps, and intervals
+for all differences. It writes results.json, results.md, results.html and plots/, and goes on where it was stopped.
 """
 
-from collections.abc import Callable
+import json
+import shlex
+import sys
+from pathlib import Path
 
 from absl import flags
 
@@ -17,9 +27,20 @@ from retro_jax.data.corpus import Corpus
 from retro_jax.data.stage import write_json
 from retro_jax.data.text import METADATA_KEYS
 from retro_jax.errors import UserError
-from retro_jax.evaluation.bits_per_byte import MODES, Neighbourhood, Score, evaluate
+from retro_jax.evaluation.bits_per_byte import document_groups, document_scores
+from retro_jax.evaluation.evaluated import Evaluated
+from retro_jax.evaluation.figures import Examined
+from retro_jax.evaluation.forward import Forward
+from retro_jax.evaluation.losses import collect
+from retro_jax.evaluation.methods import METHODS, MethodContext, MethodOptions, check_methods
+from retro_jax.evaluation.neighbourhood import Neighbourhood
+from retro_jax.evaluation.passes import scored_spans
+from retro_jax.evaluation.provenance import made_with
+from retro_jax.evaluation.suite import KS, MODES, SHARES, Methods, Model, Settings, Suite, check_names
+from retro_jax.evaluation.suite_report import side_by_side, write_report
 from retro_jax.evaluation.table import format_table
 from retro_jax.parallel import hosts
+from retro_jax.retrieval.database import Database
 from retro_jax.retrieval.neighbours import NeighbourTable
 from retro_jax.retrieval.segments import DatabaseCorpus
 from retro_jax.training.trained import TrainedRun, load_trained
@@ -35,19 +56,41 @@ _STRIDE = flags.DEFINE_integer("stride", None, "Tokens between windows; half the
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Windows at a time; does not change the result.", lower_bound=1)
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to evaluate; the newest by default.")
 _GROUP_BY = flags.DEFINE_string("group_by", None, "Metadata key of the documents (source, language) to report by.")
-_OUTPUT = flags.DEFINE_string("output", None, "JSON file for the figures.")
+_OUTPUT = flags.DEFINE_string("output", None, "JSON file for the figures; of a suite the directory.")
+
+_SUITE = flags.DEFINE_enum("suite", None, ["paper"], "Evaluate everything that applies, on --sets.")
+_SETS = flags.DEFINE_list("sets", [], "Suite: directories of sets of documents.")
+_SWEEPS = flags.DEFINE_list("sweeps", [], "Suite: names of sets (of their directories) that sweeps are made on.")
+_KS = flags.DEFINE_list("ks", [str(k) for k in KS], "Suite: numbers of neighbours to sweep over.")
+_SHARES = flags.DEFINE_list("shares", [str(share) for share in SHARES], "Suite: shares of the database to sweep over.")
+_STEPS = flags.DEFINE_list("steps", [], "Suite: earlier checkpoints to score on the swept sets.")
+_METHODS = flags.DEFINE_list("methods", [], f"Suite: comparison methods, out of {', '.join(METHODS)}.")
+_KNN_NEIGHBOURS = flags.DEFINE_integer("knn_neighbours", 10, "Suite: neighbours of a token in kNN-LM and the gate.")
+_DATASTORE_SHARE = flags.DEFINE_float("datastore_share", 1.0, "Suite: of the database, for the datastore of kNN-LM.")
+_TUNING = flags.DEFINE_string("tuning", None, "Suite: directory of the set that methods are tuned on.")
+_EMBEDDER = flags.DEFINE_string("embedder", None, "Suite: of the database, for completions with padded contexts.")
+_COMPARE = flags.DEFINE_list("compare", [], "Suites' directories to lay side by side in --output; nothing is scored.")
 program.define_cluster_flags()
-flags.mark_flags_as_required(["workdir", "corpus"])
 
 
 def main() -> None:
+    if _COMPARE.value:
+        _lay_side_by_side()
+        return
+    if not _WORKDIR.value:
+        raise UserError("--workdir: name the runs to evaluate")
+    if _SUITE.value:
+        _run_suite()
+        return
+    if not _CORPUS.value:
+        raise UserError("--corpus: name the corpus to evaluate on, or give --suite=paper and --sets")
     program.start_cluster()
     corpus = Corpus(_CORPUS.value)
     unknown = [mode for mode in _MODES.value if mode not in MODES]
     if unknown:
         raise UserError(f"--modes: {unknown[0]!r} is none of {', '.join(MODES)}")
-    if not (_WORKDIR.value and _MODES.value):
-        raise UserError("--workdir and --modes must not be empty")
+    if not _MODES.value:
+        raise UserError("--modes must not be empty")
     if _GROUP_BY.value and _GROUP_BY.value not in METADATA_KEYS:
         raise UserError(f"--group_by: {_GROUP_BY.value!r} is none of {', '.join(METADATA_KEYS)}")
     results = []
@@ -63,25 +106,20 @@ def main() -> None:
 
 def _evaluate_run(run: TrainedRun, corpus: Corpus) -> list[dict]:
     run.check_tokenizer(corpus.tokenizer_fingerprint, _CORPUS.value)
-    window = _WINDOW.value or min(2048, run.config.data.length)
-    chunk = run.config.model.chunk_length
-    stride = _STRIDE.value or max(1, window // chunk // 2) * chunk
+    window, stride = _windows(run)
+    forward = Forward(run.plan, run.params, run.mesh, batch_size=_BATCH_SIZE.value, vocab_block=run.config.vocab_block)
+    groups = document_groups(corpus, _GROUP_BY.value)
     results = []
     for mode in ["baseline"] if run.config.model.is_baseline else _MODES.value:
-        scores = evaluate(
-            run.plan,
-            run.params,
+        spans = scored_spans(
+            forward,
             corpus,
-            run.mesh,
             window=window,
             stride=stride,
-            batch_size=_BATCH_SIZE.value,
             neighbourhood=_neighbourhood(run, mode),
-            group_by=_group_by(corpus),
-            vocab_block=run.config.vocab_block,
             description=f"{run.workdir.name} {mode}",
         )
-        total = sum(scores.values(), Score())
+        scores = document_scores(collect(corpus, spans))
         results.append(
             {
                 "run": str(run.workdir),
@@ -90,8 +128,8 @@ def _evaluate_run(run: TrainedRun, corpus: Corpus) -> list[dict]:
                 "k": _k(run) if mode in ("on", "shuffled") else 0,
                 "window": window,
                 "stride": stride,
-                **total.as_json(),
-                "groups": {name: score.as_json() for name, score in sorted(scores.items())},
+                **scores.total().as_json(),
+                "groups": {name: score.as_json() for name, score in scores.by_group(groups).items()},
             }
         )
     return results
@@ -108,14 +146,114 @@ def _neighbourhood(run: TrainedRun, mode: str) -> Neighbourhood | None:
     return Neighbourhood(table, database, _k(run), shuffled=mode == "shuffled")
 
 
+def _windows(run: TrainedRun) -> tuple[int, int]:
+    window = _WINDOW.value or min(2048, run.config.data.length)
+    chunk = run.config.model.chunk_length
+    return window, _STRIDE.value or max(1, window // chunk // 2) * chunk
+
+
 def _k(run: TrainedRun) -> int:
     return _K.value or run.config.data.neighbours
 
 
-def _group_by(corpus: Corpus) -> Callable[[int], str]:
-    if not _GROUP_BY.value:
-        return lambda document: "all"
-    return lambda document: corpus.document(document).metadata.get(_GROUP_BY.value, "(none)")
+def _run_suite() -> None:
+    if not (_SETS.value and _OUTPUT.value):
+        raise UserError("--suite needs --sets, directories of sets of documents, and --output, a directory")
+    output = Path(_OUTPUT.value)
+    check_names([Path(workdir).name for workdir in _WORKDIR.value], "run")
+    check_names([Path(directory).name for directory in _SETS.value], "set")
+    unknown = set(_SWEEPS.value) - {Path(directory).name for directory in _SETS.value}
+    if unknown:
+        raise UserError(f"--sweeps: {sorted(unknown)[0]!r} is no set of --sets")
+    models = [_model(workdir, _STEP.value) for workdir in _WORKDIR.value]
+    models.sort(key=lambda model: not model.is_baseline)
+    settings = _suite_settings(models)
+    corpus = DatabaseCorpus(_DATABASE.value) if _DATABASE.value else None
+    sets = {}
+    for directory in map(Path, _SETS.value):
+        evaluated = Evaluated.open(directory, corpus)
+        for model in models:
+            model.run.check_tokenizer(evaluated.corpus.tokenizer_fingerprint, str(directory))
+        sets[evaluated.name] = Examined(directory, evaluated, k=settings.k)
+    database = None
+    if _EMBEDDER.value and _DATABASE.value:
+        database = _searchable()
+    suite = Suite(output, settings, sets, methods=_methods(models, settings, output, corpus), database=database)
+    steps = [int(step) for step in _STEPS.value]
+    earlier = [_model(workdir, step) for workdir in _WORKDIR.value for step in steps]
+    results = suite.run(models, [model for model in earlier if all(model.run.step != m.run.step for m in models)])
+    command = f"python launch/evaluate.py {shlex.join(sys.argv[1:])}"
+    facts = [*made_with().items(), ("seed of training", str(models[0].run.config.seed)), ("command", command)]
+    print(f"The results: {write_report(output, 'Evaluation', results, facts=facts)}")
+
+
+def _searchable() -> Database:
+    """The database with its embedder."""
+    from retro_jax.retrieval.embedder import Embedder, EmbeddingSet
+
+    settings = EmbeddingSet(Path(_DATABASE.value) / "embeddings").manifest.settings["embedder"]
+    embedder = Embedder.load(_EMBEDDER.value, normalize=settings["normalize"], max_length=settings["max_length"])
+    return Database.open(_DATABASE.value, embedder)
+
+
+def _suite_settings(models: list[Model]) -> Settings:
+    """The same for all models: windows and neighbours as the first RETRO was trained with, unless flags say."""
+    run = next((model.run for model in models if not model.is_baseline), models[0].run)
+    window, stride = _windows(run)
+    return Settings(
+        window=window,
+        stride=stride,
+        batch_size=_BATCH_SIZE.value,
+        k=_k(run),
+        ks=tuple(int(k) for k in _KS.value),
+        shares=tuple(float(share) for share in _SHARES.value),
+        sweeps=tuple(_SWEEPS.value),
+    )
+
+
+def _model(workdir: str, step: int | None) -> Model:
+    return Model(Path(workdir).name, load_trained(workdir, step=step))
+
+
+def _methods(models: list[Model], settings: Settings, output: Path, database: DatabaseCorpus | None) -> Methods:
+    """Each comparison method on the first run that it is for."""
+    check_methods(_METHODS.value)
+    if _METHODS.value and database is None:
+        raise UserError("--methods read a database: give --database")
+    tuning = Evaluated.open(_TUNING.value, database) if _TUNING.value else None
+    options = MethodOptions(neighbours=_KNN_NEIGHBOURS.value, datastore_share=_DATASTORE_SHARE.value)
+    found: Methods = {}
+    for name in _METHODS.value:
+        kind = METHODS[name]
+        model = next((model for model in models if model.is_baseline != kind.for_retro), None)
+        if model is None:
+            raise UserError(f"--methods: {name} is for a {'RETRO' if kind.for_retro else 'baseline'}; name one")
+        context = MethodContext(
+            run=model.run,
+            window=settings.window,
+            stride=settings.stride,
+            batch_size=settings.batch_size,
+            k=settings.k,
+            database=Path(_DATABASE.value),
+            work=output / "methods" / model.name,
+            tuning=tuning,
+            options=options,
+        )
+        found.setdefault(model.name, []).append(kind(context))
+    return found
+
+
+def _lay_side_by_side() -> None:
+    if len(_COMPARE.value) < 2 or not _OUTPUT.value:
+        raise UserError("--compare needs two directories of suites or more, and --output, a directory")
+    check_names([Path(directory).name for directory in _COMPARE.value], "suite")
+    found = {}
+    for directory in map(Path, _COMPARE.value):
+        path = directory / "results.json"
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; finish this suite first")
+        found[directory.name] = json.loads(path.read_text(encoding="utf-8"))
+    print(f"The results: {write_report(_OUTPUT.value, 'Side by side', side_by_side(found))}")
 
 
 if __name__ == "__main__":

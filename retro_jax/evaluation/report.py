@@ -5,23 +5,15 @@ the explorer's page beside it.
 """
 
 import html
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
-
+from retro_jax.evaluation.plots import COLOURS, new_axes, svg
 from retro_jax.evaluation.table import HEADER, LEFT_ALIGNED, rows
 
 # The page around the content, beside this file.
 _PAGE = Path(__file__).with_suffix(".html")
-# Blue and orange of Okabe and Ito, which colour-blind people tell apart; the rest for further runs.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 
 
 def loss_plot(curves: dict[str, list[dict[str, float]]]) -> str:
@@ -30,7 +22,7 @@ def loss_plot(curves: dict[str, list[dict[str, float]]]) -> str:
     Args:
       curves: name of the run to its metric lines, each with `step` and `loss` (nats per token).
     """
-    figure, axes = plt.subplots(figsize=(7.2, 3.4), layout="constrained")
+    figure, axes = new_axes()
     for (name, lines), colour in zip(curves.items(), COLOURS, strict=False):
         steps = [line["step"] for line in lines]
         losses = [line["loss"] for line in lines]
@@ -40,15 +32,14 @@ def loss_plot(curves: dict[str, list[dict[str, float]]]) -> str:
     axes.set_ylabel("training loss, nats per token")
     axes.legend(frameon=False)
     axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    return _svg(figure)
+    return svg(figure)
 
 
 def bits_per_byte_plot(results: Sequence[dict[str, Any]]) -> str:
     """Bits per byte of each result as horizontal bars, as SVG."""
     names = [_name(result) for result in results]
     values = [result["bits_per_byte"] for result in results]
-    figure, axes = plt.subplots(figsize=(7.2, 0.5 * len(results) + 0.8), layout="constrained")
+    figure, axes = new_axes(0.5 * len(results) + 0.8)
     colours = [COLOURS[1] if result["mode"] == "on" else COLOURS[0] for result in results]
     bars = axes.barh(range(len(values)), values, color=colours, height=0.62)
     axes.bar_label(bars, [f"{value:.3f}" for value in values], padding=4)
@@ -56,8 +47,7 @@ def bits_per_byte_plot(results: Sequence[dict[str, Any]]) -> str:
     axes.invert_yaxis()
     axes.set_xlabel("bits per byte (lower is better)")
     axes.set_xlim(0, max(values) * 1.15)
-    axes.spines[["top", "right"]].set_visible(False)
-    return _svg(figure)
+    return svg(figure)
 
 
 def render(
@@ -153,15 +143,6 @@ def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
         average = weight * average + (1 - weight) * value
         smoothed.append(average / (1 - weight**count))
     return smoothed
-
-
-def _svg(figure: plt.Figure) -> str:
-    buffer = io.StringIO()
-    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "retro_jax"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
-    plt.close(figure)
-    svg = buffer.getvalue()
-    return svg[svg.index("<svg") :]
 
 
 def _text(value: object) -> str:

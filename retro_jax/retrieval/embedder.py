@@ -386,6 +386,7 @@ class EmbeddingSet:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
         except ValueError as error:
             raise UserError(f"{path}: not a NumPy array ({error}); rebuild {self.directory}") from None
-        if array.ndim != 2 or array.shape[1] != self.dimension or array.dtype != np.float32:
+        # The keys of a datastore of tokens are kept in half the bytes.
+        if array.ndim != 2 or array.shape[1] != self.dimension or array.dtype not in (np.float32, np.float16):
             raise UserError(f"{path}: {array.dtype} {array.shape}, expected float32 [chunks, {self.dimension}]")
         return array

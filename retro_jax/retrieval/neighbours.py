@@ -21,6 +21,7 @@ from retro_jax.retrieval.service.access import Service
 
 if TYPE_CHECKING:
     from retro_jax.data.corpus import Corpus
+    from retro_jax.retrieval.bm25 import Bm25Settings
     from retro_jax.retrieval.embedder import EmbeddingSet
 
 FILTERS = ("document", "none")
@@ -29,19 +30,22 @@ _QUERIES_AT_ONCE = 1024
 
 
 def neighbour_dtype(k: int) -> np.dtype:
-    """One chunk's row: ids int64 [K] (-1 for none) and squared distances float32 [K] (+inf for none), nearest first."""
+    """One chunk's row: ids int64 [K] (-1 for none) and squared distances float32 [K] (+inf for none), nearest first.
+
+    Where BM25 ordered the neighbours its negated scores stand in the place of distances.
+    """
     return np.dtype([("ids", "<i8", (k,)), ("distances", "<f4", (k,))])
 
 
 class Searcher(Protocol):
-    """What is searched: a `Database` in this process, or a service."""
+    """What is searched: a `Database` in this process, or a service, by vectors; or `Bm25`, by tokens."""
 
     fingerprint: str
 
     def search(
-        self, vectors: np.ndarray, k: int, exclude_keys: np.ndarray | None = None
+        self, queries: np.ndarray, k: int, exclude_keys: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Ids int64 [n, K] (-1) and squared distances float32 [n, K] (+inf), nearest first."""
+        """Ids int64 [n, K] (-1) and squared distances float32 [n, K] (+inf), nearest first, of queries [n, E or M]."""
 
     def neighbour_tokens(self, ids: np.ndarray) -> np.ndarray:
         """int32 [..., 2M]: chunks [...] and their continuations."""
@@ -49,11 +53,11 @@ class Searcher(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class _Searched:
-    """Fingerprints of what is searched, and its chunks' length."""
+    """Fingerprints of what is searched, and its chunks' length; no embedder where tokens are searched."""
 
     database: str
     corpus: str
-    embedder: str
+    embedder: str | None
     tokenizer_fingerprint: str
     chunk_length: int
 
@@ -68,6 +72,7 @@ def find_neighbours(
     deduplicate: bool = False,
     embeddings: "EmbeddingSet | None" = None,
     service: Service | None = None,
+    bm25: "Bm25Settings | None" = None,
     options: BeamOptions | None = None,
 ) -> Manifest:
     """The neighbours stage: the nearest database chunks of every chunk of a corpus; goes on after the last shard.
@@ -77,14 +82,15 @@ def find_neighbours(
 
     Args:
       corpus: of the queries; may be the database's own.
-      database_directory: with corpus/, embeddings/ and index/ in it; None where a service is searched and `embeddings`
-        are given.
+      database_directory: with corpus/, embeddings/ and index/ in it, of which BM25 needs corpus/ alone; None where a
+        service is searched and `embeddings` are given.
       directory: to write.
       k: neighbours kept of each chunk.
       filter: "document" drops hits whose document key is the chunk's; "none" keeps all (evaluation, spec section 2.4).
       deduplicate: keep only the nearest of neighbours whose chunks have the same tokens.
       embeddings: of the query corpus; None takes the database's, when the corpus is the database's.
       service: is searched instead of the database's index in this process.
+      bm25: the neighbours are those that score best by BM25 with these settings; no vectors are needed.
       options: where the shards are worked off.
 
     Raises:
@@ -99,17 +105,24 @@ def find_neighbours(
         raise UserError(f"k must be at least 1, is {k}")
     if filter not in FILTERS:
         raise UserError(f"filter {filter!r} is not one of {', '.join(FILTERS)}")
+    if bm25 is not None and (database_directory is None or service is not None or embeddings is not None):
+        raise UserError("BM25 searches a database directory: give that, and neither service nor embeddings")
     place = None if database_directory is None else str(Path(database_directory).absolute())
-    asked = {"database": place, "service": service and dataclasses.asdict(service)}
+    asked = {
+        "database": place,
+        "service": service and dataclasses.asdict(service),
+        "bm25": bm25 and dataclasses.asdict(bm25),
+    }
     _searcher.cache_clear()  # the directory may hold another database than at an earlier call
     searched = _searched(asked)
-    if embeddings is None:
+    if bm25 is None and embeddings is None:
         if corpus.fingerprint != searched.corpus or database_directory is None:
             raise UserError(f"{corpus.directory} is not the database's corpus: embed it too and give its embeddings")
         embeddings = EmbeddingSet(Path(database_directory) / "embeddings")
-    if embeddings.corpus_fingerprint != corpus.fingerprint:
-        raise UserError(f"{embeddings.directory} was not made from {corpus.directory}; embed this corpus")
-    require_embedder(embeddings.embedder_fingerprint, searched.embedder, f"the embedder of {embeddings.directory}")
+    if embeddings is not None:
+        if embeddings.corpus_fingerprint != corpus.fingerprint:
+            raise UserError(f"{embeddings.directory} was not made from {corpus.directory}; embed this corpus")
+        require_embedder(embeddings.embedder_fingerprint, searched.embedder, f"the embedder of {embeddings.directory}")
     for name in ("tokenizer_fingerprint", "chunk_length"):
         ours, theirs = getattr(corpus, name), getattr(searched, name)
         if ours != theirs:
@@ -118,12 +131,11 @@ def find_neighbours(
                 "and chunk length"
             )
     settings = {"k": k, "filter": filter, "deduplicate": deduplicate}
-    inputs = {
-        "corpus": corpus.fingerprint,
-        "embeddings": embeddings.fingerprint,
-        "database": searched.database,
-        "database_corpus": searched.corpus,
-    }
+    inputs = {"corpus": corpus.fingerprint, "database": searched.database, "database_corpus": searched.corpus}
+    if bm25 is not None:
+        settings["bm25"] = dataclasses.asdict(bm25)
+    else:
+        inputs["embeddings"] = embeddings.fingerprint
     with Stage(directory, "neighbours", settings=settings, inputs=inputs) as stage:
         if stage.complete:
             return stage.manifest
@@ -132,7 +144,7 @@ def find_neighbours(
             **asked,
             "fingerprint": searched.database,
             "corpus": str(corpus.directory.absolute()),
-            "embeddings": str(embeddings.directory.absolute()),
+            "embeddings": None if embeddings is None else str(embeddings.directory.absolute()),
         }
         offsets = np.asarray(corpus.shard_offsets).tolist()
         names = [shard_name("neighbours", i, len(offsets) - 1, ".npy") for i in range(len(offsets) - 1)]
@@ -157,7 +169,8 @@ def search_shard(writer: ShardWriter, arguments: dict[str, Any]) -> None:
     Args:
       writer: of the stage.
       arguments: "corpus" and "embeddings" directories of the queries, "first" and "stop" of their chunk ids, "name" of
-        the file, the stage's settings, "database" directory or "service", and the "fingerprint" that must answer.
+        the file, the stage's settings, "database" directory or "service", settings of "bm25" or None, and the
+        "fingerprint" that must answer.
 
     Raises:
       UserError: the database has changed since the stage began.
@@ -165,8 +178,9 @@ def search_shard(writer: ShardWriter, arguments: dict[str, Any]) -> None:
     from retro_jax.data.corpus import Corpus
     from retro_jax.retrieval.embedder import EmbeddingSet
 
-    corpus, embeddings = Corpus(arguments["corpus"]), EmbeddingSet(arguments["embeddings"])
-    searcher = _searcher(json.dumps({name: arguments[name] for name in ("database", "service")}))
+    corpus = Corpus(arguments["corpus"])
+    queries_of = corpus.tokens if arguments["bm25"] else EmbeddingSet(arguments["embeddings"]).vectors
+    searcher = _searcher(json.dumps({name: arguments[name] for name in ("database", "service", "bm25")}))
     if searcher.fingerprint != arguments["fingerprint"]:
         raise UserError(
             f"the database is {searcher.fingerprint} now, it was {arguments['fingerprint']} when the search began; "
@@ -180,17 +194,17 @@ def search_shard(writer: ShardWriter, arguments: dict[str, Any]) -> None:
     ):
         for first in range(arguments["first"], arguments["stop"], _QUERIES_AT_ONCE):
             chunks = np.arange(first, min(first + _QUERIES_AT_ONCE, arguments["stop"]))
-            vectors = embeddings.vectors(chunks)
+            queries = queries_of(chunks)
             keys = corpus.document_keys(chunks) if arguments["filter"] == "document" else None
             rows = np.empty(len(chunks), neighbour_dtype(k))
             if arguments["deduplicate"]:
-                rows["ids"], rows["distances"], some = search_distinct(searcher, vectors, k, keys, corpus.chunk_length)
+                rows["ids"], rows["distances"], some = search_distinct(searcher, queries, k, keys, corpus.chunk_length)
                 duplicates += some
             else:
-                rows["ids"], rows["distances"] = searcher.search(vectors, k, keys)
+                rows["ids"], rows["distances"] = searcher.search(queries, k, keys)
             file.append(rows)
             survivors += np.bincount((rows["ids"] >= 0).sum(1), minlength=k + 1)
-            empty += int((~vectors.any(1)).sum())
+            empty += int((~queries.any(1)).sum())
             writer.advance(len(chunks))
         counts.update(
             chunks=arguments["stop"] - arguments["first"],
@@ -201,17 +215,17 @@ def search_shard(writer: ShardWriter, arguments: dict[str, Any]) -> None:
 
 
 def search_distinct(
-    searcher: Searcher, vectors: np.ndarray, k: int, keys: np.ndarray | None, chunk_length: int
+    searcher: Searcher, queries: np.ndarray, k: int, keys: np.ndarray | None, chunk_length: int
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """The k nearest chunks [n, K] with different tokens: the nearest of equals; and how many nearer ones were dropped.
 
     Rows with fewer than k of them fetch twice as many, until there are no more.
     """
-    ids = np.full((len(vectors), k), -1, np.int64)
-    distances = np.full((len(vectors), k), np.inf, np.float32)
-    pending, fetch, dropped = np.arange(len(vectors)), 2 * k, 0
+    ids = np.full((len(queries), k), -1, np.int64)
+    distances = np.full((len(queries), k), np.inf, np.float32)
+    pending, fetch, dropped = np.arange(len(queries)), 2 * k, 0
     while len(pending):
-        hits, squares = searcher.search(vectors[pending], fetch, None if keys is None else keys[pending])
+        hits, squares = searcher.search(queries[pending], fetch, None if keys is None else keys[pending])
         tokens = searcher.neighbour_tokens(hits)[..., :chunk_length]
         keep = (hits >= 0) & ~_repeated(tokens)
         settled = (keep.sum(1) >= k) | (hits[:, -1] < 0)
@@ -242,6 +256,10 @@ def _repeated(tokens: np.ndarray) -> np.ndarray:
 def _searcher(described: str) -> Any:
     """What is searched, opened once in a process; `described` in JSON."""
     asked = json.loads(described)
+    if asked["bm25"] is not None:
+        from retro_jax.retrieval.bm25 import Bm25, Bm25Settings
+
+        return Bm25.open(asked["database"], Bm25Settings(**asked["bm25"]))
     if asked["service"] is None:
         from retro_jax.retrieval.database import Database
 
@@ -256,7 +274,7 @@ def _searched(asked: dict[str, Any]) -> _Searched:
         return _Searched(
             searcher.fingerprint,
             corpus.fingerprint,
-            searcher.embedder_fingerprint,
+            None if asked["bm25"] else searcher.embedder_fingerprint,
             corpus.tokenizer_fingerprint,
             corpus.chunk_length,
         )

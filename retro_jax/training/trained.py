@@ -1,17 +1,21 @@
 """A trained run, opened for evaluation or sampling."""
 
 import dataclasses
+import functools
 import os
 from pathlib import Path
 
+import jax
 from flax import nnx
 from jax.sharding import Mesh
 
 from retro_jax.config import MeshConfig, TrainConfig
+from retro_jax.data.stage import fingerprint
 from retro_jax.data.tokenizer import Tokenizer
 from retro_jax.errors import UserError
 from retro_jax.parallel.mesh import create_mesh
 from retro_jax.training.checkpoint import load_params
+from retro_jax.training.digest import digests
 from retro_jax.training.state import ModelPlan, plan_model
 from retro_jax.training.workdir import CHECKPOINTS, TOKENIZER, load_config
 
@@ -27,6 +31,13 @@ class TrainedRun:
     plan: ModelPlan
     params: nnx.State
     step: int
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits of the model's configuration and parameters, equal on every mesh."""
+        leaves = jax.tree_util.tree_leaves_with_path(self.params)
+        arrays = {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+        return fingerprint({"model": dataclasses.asdict(self.config.model), "parameters": digests(arrays)})
 
     def check_tokenizer(self, fingerprint: str, owner: str) -> None:
         """Raises UserError when a data set was made with another tokenizer than the run was trained with."""

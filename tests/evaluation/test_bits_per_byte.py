@@ -7,13 +7,17 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from small_run import MODEL, K, M
+from small_run import MODEL, K, M, write_random_neighbours
 
 from retro_jax.config import MeshConfig, RetroConfig
 from retro_jax.data.corpus import Corpus, build_corpus
 from retro_jax.data.tokenizer import EOS_ID
 from retro_jax.errors import UserError
-from retro_jax.evaluation.bits_per_byte import Neighbourhood, Score, evaluate
+from retro_jax.evaluation.bits_per_byte import Score, document_groups, document_scores
+from retro_jax.evaluation.forward import Forward
+from retro_jax.evaluation.losses import LossCollector, TokenLosses, collect, text_tokens
+from retro_jax.evaluation.neighbourhood import Neighbourhood
+from retro_jax.evaluation.passes import document_tokens, scored_spans
 from retro_jax.model.retro import Retro
 from retro_jax.parallel.mesh import create_mesh
 from retro_jax.retrieval.neighbours import NeighbourTable
@@ -45,20 +49,14 @@ def one():
     return create_mesh(MeshConfig(fsdp=1), devices=jax.devices()[:1])
 
 
-def score(corpus, mesh, model=None, window=WINDOW, stride=STRIDE, batch_size=8, neighbourhood=None, **options):
+def losses_of(corpus, mesh, model=None, window=WINDOW, stride=STRIDE, batch_size=8, neighbourhood=None):
     plan, params = model or model_on(mesh)
-    scores = evaluate(
-        plan,
-        params,
-        corpus,
-        mesh,
-        window=window,
-        stride=stride,
-        batch_size=batch_size,
-        neighbourhood=neighbourhood,
-        **options,
-    )
-    return sum(scores.values(), Score())
+    forward = Forward(plan, params, mesh, batch_size=batch_size)
+    return collect(corpus, scored_spans(forward, corpus, window=window, stride=stride, neighbourhood=neighbourhood))
+
+
+def score(corpus, mesh, model=None, **options):
+    return document_scores(losses_of(corpus, mesh, model, **options)).total()
 
 
 def test_a_uniform_model_costs_log2_of_the_vocabulary_for_each_token(corpus, one):
@@ -67,6 +65,19 @@ def test_a_uniform_model_costs_log2_of_the_vocabulary_for_each_token(corpus, one
     assert found.tokens == text_tokens and found.bytes == corpus.num_bytes
     assert found.documents == corpus.num_documents
     assert found.bits_per_byte == pytest.approx(math.log2(MODEL.vocab_size) * text_tokens / corpus.num_bytes, rel=1e-7)
+
+
+def test_bits_per_byte_of_a_uniform_model_is_exact(corpus):
+    """In exact arithmetic from losses of ln V, to the last digit of float64."""
+    collector = LossCollector(corpus)
+    for document in range(corpus.num_documents):
+        collector.add(document, 1, np.zeros(document_tokens(corpus, document) - 1))
+    losses = collector.finish()
+    tokens = corpus.tokens(np.arange(corpus.num_chunks))
+    uniform = TokenLosses(corpus, np.where(text_tokens(tokens), math.log(MODEL.vocab_size), 0.0))
+    found = document_scores(uniform).total()
+    expected = math.log2(MODEL.vocab_size) * (corpus.num_tokens - 2 * corpus.num_documents) / corpus.num_bytes
+    assert losses.nats.shape == uniform.nats.shape and found.bits_per_byte == pytest.approx(expected, rel=1e-14)
 
 
 @pytest.mark.parametrize("retrieval", [False, True])
@@ -121,37 +132,65 @@ def test_any_number_of_neighbours_up_to_those_stored_can_be_evaluated(corpus, on
 
 
 def test_groups_add_up_to_the_whole(corpus, one):
-    model = model_on(one)
-    whole = score(corpus, one, model)
-    plan, params = model
-    groups = evaluate(
-        plan,
-        params,
-        corpus,
-        one,
-        window=WINDOW,
-        stride=STRIDE,
-        batch_size=8,
-        group_by=lambda document: corpus.document(document).metadata["source"],
-    )
+    scores = document_scores(losses_of(corpus, one))
+    whole, groups = scores.total(), scores.by_group(document_groups(corpus, "source"))
     assert len(groups) > 1
     total = sum(groups.values(), Score())
-    assert total.nats == pytest.approx(whole.nats, rel=1e-9)
+    assert total.nats == pytest.approx(whole.nats, rel=1e-12)
     assert (total.bytes, total.documents) == (whole.bytes, whole.documents)
 
 
-@pytest.mark.parametrize("tokens", [3, M - 1, M, M + 1, WINDOW - 1, WINDOW, WINDOW + 1, WINDOW + STRIDE + 1])
-def test_documents_of_every_awkward_length_are_scored_whole(small_data, one, tmp_path, tokens):
-    tokenizer = Corpus(small_data.corpus).tokenizer
-    text = "".join(chr(ord("a") + i % 26) for i in range(tokens))
-    while len(tokenizer.encode(text)) > tokens - 2:
-        text = text[:-1]
-    texts = (text, "and a second one, longer " * 9)
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    build_corpus([tmp_path / "a.jsonl"], tokenizer, tmp_path / "corpus", chunk_length=M)
-    corpus = Corpus(tmp_path / "corpus")
-    found = score(corpus, one, model_on(one, scale=0.0))
-    assert found.bytes == corpus.num_bytes and found.tokens == corpus.num_tokens - 4
+def corpus_of_lengths(tokenizer, lengths, chunk_length, root):
+    """A corpus of documents of exactly so many tokens, start and end token included."""
+    texts = []
+    for number, tokens in enumerate(lengths):
+        text = chr(ord("A") + number)
+        while len(tokenizer.encode(text)) < tokens - 2:
+            text += f" {len(text) * 37 % 101}"
+        while len(tokenizer.encode(text)) > tokens - 2:
+            text = text[:-1]
+        while len(tokenizer.encode(text)) < tokens - 2:
+            text += "~"
+        texts.append(text)
+    (root / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    build_corpus([root / "a.jsonl"], tokenizer, root / "corpus", chunk_length=chunk_length)
+    corpus = Corpus(root / "corpus")
+    assert [document_tokens(corpus, number) for number in range(len(lengths))] == list(lengths)
+    return corpus
+
+
+def test_documents_of_every_awkward_length_are_scored_whole(small_data, one, tmp_path):
+    lengths = (3, M - 1, M, M + 1, WINDOW - 1, WINDOW, WINDOW + 1, WINDOW + STRIDE + 1)
+    corpus = corpus_of_lengths(Corpus(small_data.corpus).tokenizer, lengths, M, tmp_path)
+    scores = document_scores(losses_of(corpus, one, model_on(one, scale=0.0)))
+    assert scores.tokens.tolist() == [length - 2 for length in lengths]
+    assert scores.bytes.sum() == corpus.num_bytes
+    np.testing.assert_allclose(scores.nats, math.log(MODEL.vocab_size) * scores.tokens, rtol=1e-7)
+
+
+def test_documents_at_the_edges_of_the_papers_windows_cost_the_same_however_they_are_batched(small_data, one, tmp_path):
+    """Chunks of 64 and windows of 2048 every 1024 tokens, for documents shorter than a chunk and of exact lengths."""
+    lengths = (20, 64, 1024, 2048, 2049, 2050, 3100)
+    corpus = corpus_of_lengths(Corpus(small_data.corpus).tokenizer, lengths, 64, tmp_path)
+    smaller = {"chunk_length": 64, "neighbour_length": 128, "num_layers": 1, "cca_layers": (1,), "num_heads": 1}
+    config = RetroConfig(**{**vars(MODEL), **smaller})
+    model = model_on(one, config)
+    neighbours = tmp_path / "neighbours"
+    write_random_neighbours(neighbours, corpus, corpus, k=1)
+    where = Neighbourhood(NeighbourTable(neighbours), corpus, 1)
+    found = {
+        batch_size: losses_of(corpus, one, model, window=2048, stride=1024, batch_size=batch_size, neighbourhood=where)
+        for batch_size in (1, 3)
+    }
+    np.testing.assert_allclose(found[1].nats, found[3].nats, rtol=1e-4, atol=1e-5)
+    scores = [document_scores(losses) for losses in found.values()]
+    assert scores[0].tokens.tolist() == scores[1].tokens.tolist() == [length - 2 for length in lengths]
+    assert scores[0].total().bits_per_byte == pytest.approx(scores[1].total().bits_per_byte, rel=1e-6)
+    assert scores[0].total().bytes == corpus.num_bytes
+    # A document that one window holds is one forward pass: windows begin to matter behind 2,049 tokens.
+    whole = document_scores(losses_of(corpus, one, model, window=4096, stride=4096, batch_size=2, neighbourhood=where))
+    np.testing.assert_allclose(scores[0].nats[:5], whole.nats[:5], rtol=1e-6)
+    assert scores[0].nats[6] != pytest.approx(whole.nats[6], rel=1e-6)
 
 
 def test_a_baseline_is_scored_without_neighbours(corpus, one):
