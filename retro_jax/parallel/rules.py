@@ -25,6 +25,7 @@ RULES: Mapping[str | None, Target] = {
     "heads": "tensor",
     "head": None,
     "ffw": "tensor",
+    "positions": None,
     "layers": None,
     None: None,
 }
