@@ -3,6 +3,7 @@
 from retro_jax.model.layers import logical_axes
 from retro_jax.model.parameters import (
     abstract_parameters,
+    assemble,
     count_parameters,
     from_layers,
     layer_shapes,
@@ -16,6 +17,7 @@ __all__ = [
     "PRESETS",
     "Retro",
     "abstract_parameters",
+    "assemble",
     "count_parameters",
     "every_third",
     "from_layers",

@@ -9,10 +9,15 @@ Layers are counted from 1, as P is in the paper and in the configuration. The na
     decoder.layers.{1..}.ffw.{norm.scale, up, down}         decoder.norm.scale
     encoder.layers.{1..}.attention|ca|ffw.…                 encoder.layers.{1..}.ca.source_norm.scale
     encoder.norm.scale
+
+and where the decoder is of another form (`RetroConfig.num_kv_heads` to `ffw_biases`)
+
+    positions.table  decoder.layers.{1..}.attention.{query|key|value|output}_bias  …attention.{query|key}_norm.scale
+    decoder.layers.{1..}.ffw.gate  …ffw.{gate|up|down}_bias  …norm.bias
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -82,6 +87,28 @@ def from_layers(flat: Mapping[str, Any], config: RetroConfig) -> nnx.State:
             state.append((path, param.replace(stack(values))))
         else:
             state.append((path, param.replace(values[0])))
+    return nnx.from_flat_state(state)
+
+
+def assemble(config: RetroConfig, read: Callable[[str], Any]) -> nnx.State:
+    """The parameter state, made of one layer's parameter after the other: little more than the model is in memory.
+
+    Args:
+      config: the model's.
+      read: gives the array of a name of `to_layers`; called once for each.
+
+    Raises:
+      UserError: an array has another shape than the configuration's.
+    """
+    state = []
+    for path, param in nnx.to_flat_state(abstract_parameters(config)):
+        whole = np.empty(param.shape, param.dtype)
+        for name, index in _names(path, config):
+            place, value = whole if index is None else whole[index], read(name)
+            if value.shape != place.shape:
+                raise UserError(f"parameter {name} has shape {value.shape}, the configuration needs {place.shape}")
+            place[...] = value
+        state.append((path, param.replace(jnp.asarray(whole))))
     return nnx.from_flat_state(state)
 
 
