@@ -56,7 +56,8 @@ class Entry:
 
 
 def entries(config: RetroConfig) -> list[Entry]:
-    """Of every parameter of a baseline with this configuration, in the checkpoint's order."""
+    """Of every parameter of the decoder without chunked cross-attention, in the checkpoint's order."""
+    config = dataclasses.replace(config, cca_layers=())
     shapes = {name: tuple(leaf.shape) for name, leaf in layer_shapes(config).items()}
     names = dict(_gpt2(config) if config.positions == "learned" else _llama(config))
     unknown = set(shapes) ^ set(names)

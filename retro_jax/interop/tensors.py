@@ -164,6 +164,7 @@ def write_tensors(
                     raise ValueError(f"{key} is {array.shape}, announced as {tuple(shape)}")
                 file.write(array.reshape(-1).view(np.uint8).data)
                 progress(array.nbytes)
+                del array  # before the next is read
             file.flush()
             os.fsync(file.fileno())
     if len(shards) > 1:

@@ -168,7 +168,7 @@ class Incremental(nnx.Module):
         current = jax.lax.dynamic_slice_in_dim(valid, begin, self.config.chunk_length, axis=1)
         causal = jnp.arange(self.config.chunk_length) <= place + jnp.arange(length)[:, None]
         earlier = state.valid & (jnp.arange(valid.shape[1]) < begin)
-        earlier = jnp.broadcast_to(earlier[:, None], (len(tokens), length, valid.shape[1]))
+        earlier = jnp.broadcast_to(earlier[:, None], (tokens.shape[0], length, valid.shape[1]))
         mask = jnp.concatenate([earlier, current[:, None] & causal], axis=-1)
         if self.config.window:
             mask &= self._within_window(slot + jnp.arange(length), begin, valid.shape[1])
@@ -245,7 +245,7 @@ class Incremental(nnx.Module):
                 keys = rotate(keys, _angles(config, jnp.arange(values.shape[-2])))
             flat = [x.reshape(*x.shape[:2], -1, x.shape[-1]) for x in (keys, cca.values(values))]
             layers.append(Stored(jnp.swapaxes(flat[0], -1, -2), flat[1]))
-        return Retrieved(layers, memory.valid.reshape(len(values), -1))
+        return Retrieved(layers, memory.valid.reshape(values.shape[0], -1))
 
 
 def split_incremental(model: Retro) -> tuple[nnx.GraphDef, nnx.State]:
@@ -380,7 +380,7 @@ def _attend(
         content = query * attention.scale
         content = content if angles is None else rotate(content, angles)
         if shared > 1:  # heads that share their keys stand as more queries
-            content = share(content[:, :, None], shared).reshape(-1, len(x), shared * x.shape[1], content.shape[-1])
+            content = share(content[:, :, None], shared).reshape(-1, x.shape[0], shared * x.shape[1], content.shape[-1])
             mask = jnp.tile(mask, (1, shared, 1)) if mask.shape[1] > 1 else mask
     else:
         content = attention.biased(query, attention.content_bias)

@@ -16,6 +16,7 @@ and where the decoder is of another form (`RetroConfig.num_kv_heads` to `ffw_bia
     decoder.layers.{1..}.ffw.gate  …ffw.{gate|up|down}_bias  …norm.bias
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -52,8 +53,28 @@ def to_layers(params: nnx.State, config: RetroConfig) -> dict[str, Any]:
     return flat
 
 
+def layer_reader(params: nnx.State, config: RetroConfig) -> Callable[[str], Any]:
+    """Gives the array of a name of `to_layers`, taken out of its stack when it is asked for."""
+    places = {
+        name: (param, index)
+        for path, param in nnx.to_flat_state(params)
+        for name, index in _names(path, config)
+    }
+
+    def read(name: str) -> Any:
+        param, index = places[name]
+        return param[...] if index is None else param[index]
+
+    return read
+
+
 def layer_shapes(config: RetroConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Name, shape and dtype of everything that `to_layers` gives for this configuration."""
+    return dict(_layer_shapes(config))
+
+
+@functools.lru_cache(16)  # to trace the model takes a while
+def _layer_shapes(config: RetroConfig) -> dict[str, jax.ShapeDtypeStruct]:
     shapes = {}
     for path, param in nnx.to_flat_state(abstract_parameters(config)):
         for name, index in _names(path, config):

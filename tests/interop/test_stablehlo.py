@@ -1,0 +1,80 @@
+"""Exported programs run without this package and give the model's logits."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from small_models import LLAMA, RETRO, pretrained
+
+from retro_jax.errors import UserError
+from retro_jax.interop import stablehlo
+from retro_jax.interop.stablehlo import export_stablehlo
+
+# Everything a user without the package needs: whole sequences, and token after token.
+READER = """
+import json, sys
+import numpy as np
+sys.modules["retro_jax"] = sys.modules["flax"] = None
+import jax
+from jax import export
+from safetensors.numpy import load_file
+
+directory, out = sys.argv[1:]
+about = json.load(open(f"{directory}/programs.json"))
+load = lambda name: export.deserialize(bytearray(open(f"{directory}/{name}.stablehlo", "rb").read())).call
+parameters = load_file(f"{directory}/model.safetensors")
+given = np.load(f"{out}/inputs.npz")
+tokens, neighbours = given["tokens"], given["neighbours"]
+chunk = about["slots"] // neighbours.shape[1]
+whole = load("forward")(parameters, tokens, neighbours)
+
+def zeros(text):
+    kind, shape = text.rstrip("]").split("[")
+    return np.zeros([len(tokens) if size == "b" else int(size) for size in shape.split(", ") if size], kind)
+
+prepared = load("prepare")(parameters)
+state = jax.tree.map(zeros, about["programs"]["step"]["arguments"][1])
+step, step_end = jax.jit(load("step")), jax.jit(load("step_end"))
+steps = []
+for slot in range(about["slots"]):
+    if (slot + 1) % chunk:
+        logits, state = step(prepared, state, tokens[:, slot], np.int32(slot))
+    else:
+        logits, state = step_end(prepared, state, tokens[:, slot], np.int32(slot), neighbours[:, slot // chunk])
+    steps.append(logits)
+np.savez(f"{out}/outputs.npz", whole=whole, steps=np.stack(steps, 1))
+"""
+
+
+@pytest.mark.parametrize("config", [LLAMA], ids=["llama"])
+def test_programs_reloaded_without_the_package_give_the_models_logits(tmp_path, config):
+    config = dataclasses.replace(config, num_layers=2, cca_layers=(2,))
+    source = pretrained(config)
+    export_stablehlo(source, tmp_path / "model", name="Test")
+    about = json.loads((tmp_path / "model" / "programs.json").read_text())
+    assert set(about["programs"]) == {"forward", "forward_off", "prepare", "step", "step_end", "step_end_off"}
+    assert about["programs"]["forward"]["results"] == "float32[b, 12, 290]"
+    generator = np.random.default_rng(0)
+    tokens = generator.integers(1, config.vocab_size, (2, 12), np.int32)
+    near = generator.integers(1, config.vocab_size, (2, 3, 2, config.neighbour_length), np.int32)
+    np.savez(tmp_path / "inputs.npz", tokens=tokens, neighbours=near)
+    command = [sys.executable, "-c", READER, str(tmp_path / "model"), str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    expected = jax.jit(lambda params: nnx.merge(nnx.graphdef(source.model), params)(tokens, near))(source.params)
+    outputs = np.load(tmp_path / "outputs.npz")
+    for name in ("whole", "steps"):
+        np.testing.assert_allclose(outputs[name], expected, atol=1e-4 * np.abs(expected).max(), err_msg=name)
+
+
+def test_a_program_that_gives_other_logits_is_not_exported(tmp_path, monkeypatch):
+    monkeypatch.setattr(stablehlo, "TOLERANCE", -1.0)
+    config = dataclasses.replace(RETRO, num_layers=1, cca_layers=())
+    with pytest.raises(UserError, match="reloaded gives logits"):
+        export_stablehlo(pretrained(config), tmp_path / "model", name="Test", platforms=("cpu",))
+    assert not list(tmp_path.iterdir())
