@@ -13,7 +13,7 @@ from small_models import LLAMA, RETRO, pretrained
 
 from retro_jax.errors import UserError
 from retro_jax.interop import stablehlo
-from retro_jax.interop.stablehlo import export_stablehlo
+from retro_jax.interop.stablehlo import PLATFORMS, export_stablehlo
 
 # Everything a user without the package needs: whole sequences, and token after token.
 READER = """
@@ -51,11 +51,19 @@ np.savez(f"{out}/outputs.npz", whole=whole, steps=np.stack(steps, 1))
 """
 
 
-@pytest.mark.parametrize("config", [LLAMA], ids=["llama"])
-def test_programs_reloaded_without_the_package_give_the_models_logits(tmp_path, config):
-    config = dataclasses.replace(config, num_layers=2, cca_layers=(2,))
+SMALLEST = dataclasses.replace(LLAMA, num_layers=1, cca_layers=(1,), scan_layers=False)
+
+
+@pytest.mark.parametrize(
+    ("config", "platforms"),
+    [
+        pytest.param(SMALLEST, ("cpu",), id="one layer"),
+        pytest.param(dataclasses.replace(RETRO, cca_layers=(2,)), PLATFORMS, id="paper", marks=pytest.mark.slow),
+    ],
+)
+def test_programs_reloaded_without_the_package_give_the_models_logits(tmp_path, config, platforms):
     source = pretrained(config)
-    export_stablehlo(source, tmp_path / "model", name="Test")
+    export_stablehlo(source, tmp_path / "model", name="Test", platforms=platforms)
     about = json.loads((tmp_path / "model" / "programs.json").read_text())
     assert set(about["programs"]) == {"forward", "forward_off", "prepare", "step", "step_end", "step_end_off"}
     assert about["programs"]["forward"]["results"] == "float32[b, 12, 290]"
@@ -66,7 +74,8 @@ def test_programs_reloaded_without_the_package_give_the_models_logits(tmp_path, 
     command = [sys.executable, "-c", READER, str(tmp_path / "model"), str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    expected = jax.jit(lambda params: nnx.merge(nnx.graphdef(source.model), params)(tokens, near))(source.params)
+    graphdef = nnx.graphdef(source.model)
+    expected = jax.jit(lambda params: nnx.merge(graphdef, params)(tokens, near))(source.params)
     outputs = np.load(tmp_path / "outputs.npz")
     for name in ("whole", "steps"):
         np.testing.assert_allclose(outputs[name], expected, atol=1e-4 * np.abs(expected).max(), err_msg=name)
