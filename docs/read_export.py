@@ -1,4 +1,4 @@
-"""Computes RETRO's logits from an export with NumPy alone, equation by equation: a check of the export, not a fast model.
+"""Computes RETRO's logits from an export with NumPy alone, equation by equation: to check the export, not to be fast.
 
     python docs/read_export.py EXPORT --tokens=5,17,9,12 --neighbours='[[[3,4,5,6,7,8,9,10]]]'
 
@@ -89,7 +89,7 @@ class Reader:
         return self.norm("encoder.norm", x)
 
     def chunked_cross_attention(self, name, x, neighbours, encoded):
-        """CCA, equation 3: position t attends to the neighbours of chunk (t + 1) // M - 1, the last that is complete."""
+        """CCA, equation 3: position t attends to the neighbours of chunk (t + 1) // M - 1, the last complete one."""
         m, added = self.c["chunk_length"], np.zeros_like(x)
         for t in range(m - 1, len(x)):
             chunk, index = (t + 1) // m - 1, (t + 1) % m
@@ -109,7 +109,8 @@ class Reader:
           apart: [I, J] distances.
           seen: bool, broadcastable to [I, J]; a query that sees nothing gets 0.
         """
-        p, scale = self.p, 1 / np.sqrt(self.c["head_size"] if "encoder" not in name else self.c["encoder_head_size"])
+        p, c = self.p, self.c
+        scale = 1 / np.sqrt(c["encoder_head_size"] if name.startswith("encoder") else c["head_size"])
         query, key, value = (
             np.einsum("id,dnh->nih", array, p[f"{name}.{kind}"])
             for array, kind in ((x, "query"), (source, "key"), (source, "value"))

@@ -1,7 +1,8 @@
 """retro_jax: the retrieval-enhanced transformer RETRO in JAX and Flax.
 
-`Retro` and `RetroConfig` are the entrance to the model, `load_pretrained` to trained ones; importing them needs neither TensorFlow nor ScaNN. They are
-loaded when they are first asked for, so that a tool which needs no JAX starts without it.
+`Retro` and `RetroConfig` are the entrance to the model, `load_pretrained` to trained ones; importing them needs
+neither TensorFlow nor ScaNN. They are loaded when they are first asked for, so that a tool which needs no JAX starts
+without it.
 """
 
 import importlib

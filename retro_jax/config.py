@@ -100,8 +100,8 @@ class RetroConfig:
       encoder_ca_layers: P_enc, 1-based encoder layers that cross-attend to the retrieving chunk.
       neighbour_part: what the encoder reads: "both" a neighbour N and its continuation F, or one of them alone,
         "neighbour" or "continuation" (ablations of the paper's Table 13).
-      positions: "transformer_xl" (paper), "rope", or "learned": one vector for each place, counted without PAD, added to
-        the decoder's input, while encoder and chunked cross-attention have transformer_xl.
+      positions: "transformer_xl" (paper), "rope", or "learned": a vector for each place, counted without PAD, is added
+        to the decoder's input, while encoder and chunked cross-attention have transformer_xl.
       cross_positions: positions count in chunked cross-attention and in the encoder's; False is the paper's ablation.
       rope_theta: base of the rotary frequencies.
       rope_scaling: of the frequencies in the decoder's self-attention, or None.
@@ -120,6 +120,7 @@ class RetroConfig:
       init_scale: standard deviation of the initial weights; residual outputs are scaled down by sqrt(2 * num_layers).
       pad_id: token id that is never attended to and never predicted; `vocab_size`, the first id without a row in the
         tables, where a vocabulary has none to spare.
+      bos_id, eos_id: token ids that begin and end a document.
       dtype: compute dtype, "float32" or "bfloat16"; parameters, norms, softmax and loss are float32.
       remat: what the backward pass computes again. "none": nothing. "block": all of a block but its input. Or names of
         what a block keeps, separated by commas ("query,key,value,mixed"), out of REMAT_NAMES.
@@ -160,6 +161,8 @@ class RetroConfig:
     norm_epsilon: float = 1e-6
     init_scale: float = 0.02
     pad_id: int = 0
+    bos_id: int = 1
+    eos_id: int = 2
     dtype: str = "float32"
     remat: str = "none"
     scan_layers: bool = True
@@ -415,6 +418,12 @@ class TrainConfig:
       vocab_block: vocabulary rows of one block of the loss; 0 for the whole vocabulary at once.
       log_every: steps between metric lines.
       seed: of the parameters' initialisation.
+      init_from: model whose parameters this run begins with: a run, a checkpoint of one, an export or a Hugging Face
+        checkpoint. `model` then says what the retrieval is like (`cca_layers`, `encoder_*`, ...); the decoder is that
+        of the model, and stays as it is (RETROfit, paper section 4.2).
+      unfreeze_decoder: with `init_from`: the decoder is trained too.
+      encoder_embedding: with `init_from`: the encoder's table begins "random" or as the "decoder"'s.
+      cca_gate: 0 trains the decoder alone, without retrieval, in a model that has it (InstructRetro); 1 otherwise.
     """
 
     model: RetroConfig
@@ -430,6 +439,10 @@ class TrainConfig:
     vocab_block: int = 16_384
     log_every: int = 10
     seed: int = 0
+    init_from: str = ""
+    unfreeze_decoder: bool = False
+    encoder_embedding: str = "random"
+    cca_gate: int = 1
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "microbatches", "log_every"):
@@ -443,6 +456,15 @@ class TrainConfig:
             "checkpoint.keep_best needs validation.sequences",
         )
         _require(self.vocab_block >= 0, "vocab_block must not be negative")
+        _require_choice("encoder_embedding", self.encoder_embedding, ("random", "decoder"))
+        _require(self.cca_gate in (0, 1), f"cca_gate is 0 or 1, is {self.cca_gate}")
+        _require(
+            self.init_from != "" or not self.unfreeze_decoder, "unfreeze_decoder goes with init_from: there is no base"
+        )
+        _require(
+            self.cca_gate == 1 or self.unfreeze_decoder or not self.init_from,
+            "cca_gate 0 trains the decoder alone; with init_from it needs unfreeze_decoder",
+        )
 
 
 def to_dict(config: Any) -> dict[str, Any]:

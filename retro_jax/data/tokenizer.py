@@ -1,9 +1,10 @@
 """Tokens without loss: `decode(encode(text)) == text` for every string, and the bytes of each token are known.
 
 Three things make it so. Bytes of characters outside the vocabulary become byte pieces. The text is not normalised, no
-space is put before it, none is removed (`vocabularies` sees to it with tokenizers that others trained). And U+2581, which SentencePiece writes for a space inside its pieces, is spelt
-as its three byte pieces when it stands in the text itself. Decoding joins the bytes of the pieces, so bits per byte
-are exact: `token_bytes` says how many UTF-8 bytes of the text each token stands for.
+space is put before it, none is removed (`vocabularies` sees to it with tokenizers that others trained). And U+2581,
+which SentencePiece writes for a space inside its pieces, is spelt as its three byte pieces when it stands in the text
+itself. Decoding joins the bytes of the pieces, so bits per byte are exact: `token_bytes` says how many UTF-8 bytes of
+the text each token stands for.
 """
 
 import io

@@ -110,7 +110,9 @@ def _read_json(path: Path, content: bytes) -> Vocabulary:
     except UserError:
         raise
     except Exception as error:  # the library raises plain Exception
-        raise UserError(f"{path}: not a tokenizer of the tokenizers library ({' '.join(str(error).split())[:200]})") from None
+        raise UserError(
+            f"{path}: not a tokenizer of the tokenizers library ({' '.join(str(error).split())[:200]})"
+        ) from None
     tokenizer.encode_special_tokens = True  # what looks like a special token is text
     names = {token: name for name, token in tokenizer.get_vocab(with_added_tokens=True).items()}
     count = max(names) + 1
@@ -119,7 +121,7 @@ def _read_json(path: Path, content: bytes) -> Vocabulary:
     unk = tokenizer.token_to_id(unknown) if isinstance(unknown, str) else values["model"].get("unk_id")
 
     def bytes_of(token: int) -> bytes:
-        if token not in names or token == unk and not byte_level:
+        if token not in names or (token == unk and not byte_level):
             return b""
         if token in added:
             return b"" if added[token]["special"] else added[token]["content"].encode()

@@ -4,6 +4,7 @@ Llama (with SmolLM and TinyLlama), Mistral, Qwen2 and 2.5, Qwen3 and GPT-2. A se
 refused by name; none is passed over.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": _LLAMA,
     "mistral": _LLAMA | {"num_key_value_heads": 8, "sliding_window": 4096},
     "qwen2": _LLAMA | {"num_key_value_heads": 32, "use_sliding_window": False, "sliding_window": 4096},
-    "qwen3": _LLAMA
-    | {"num_key_value_heads": 32, "head_dim": 128, "use_sliding_window": False, "sliding_window": 4096},
+    "qwen3": _LLAMA | {"num_key_value_heads": 32, "head_dim": 128, "use_sliding_window": False, "sliding_window": 4096},
     "gpt2": {
         "n_inner": None,
         "activation_function": "gelu_new",
@@ -69,7 +69,7 @@ def read_config(values: dict[str, Any], path: Path) -> RetroConfig:
             raise UserError(f"{path}: {name} {values[name]!r} is not supported, only {allowed[0]!r}")
     read = _gpt2 if kind == "gpt2" else _llama
     try:
-        return read(values, path)
+        return dataclasses.replace(read(values, path), **_document_ids(values))
     except KeyError as error:
         raise UserError(f"{path}: {error.args[0]} is missing, which every {kind} model has") from None
 
@@ -79,7 +79,7 @@ def write_config(config: RetroConfig, *, context: int, bos_id: int | None, eos_i
 
     Args:
       config: of the model.
-      context: tokens it was trained on at a time.
+      context: tokens it was trained on at a time; 0 where that is not known.
       bos_id, eos_id: of its tokenizer, where there is one.
 
     Raises:
@@ -121,7 +121,7 @@ def write_config(config: RetroConfig, *, context: int, bos_id: int | None, eos_i
         "hidden_act": "silu",
         "rms_norm_eps": config.norm_epsilon,
         "rope_theta": config.rope_theta,
-        "max_position_embeddings": context,
+        "max_position_embeddings": context or 2048,
         "tie_word_embeddings": config.tie_embeddings,
         "attention_bias": config.attention_biases == "all",
         "mlp_bias": config.ffw_biases,
@@ -195,6 +195,17 @@ def _gpt2(values: dict[str, Any], path: Path) -> RetroConfig:
         tie_embeddings=values["tie_word_embeddings"],
         pad_id=values["vocab_size"],
     )
+
+
+def _document_ids(values: dict[str, Any]) -> dict[str, int]:
+    """BOS and EOS, of which the one stands for the other where a model has only one."""
+    found = {}
+    for name in ("bos_id", "eos_id"):
+        token = values.get(name.replace("_id", "_token_id"))
+        token = token[0] if isinstance(token, list) and token else token
+        if isinstance(token, int):
+            found[name] = token
+    return dict.fromkeys(("bos_id", "eos_id"), next(iter(found.values()))) | found if found else {}
 
 
 def _has_biases(values: dict[str, Any]) -> bool:

@@ -166,9 +166,7 @@ def _write(
     total = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in shapes.values())
     with tqdm(desc=label, total=total, unit="B", unit_scale=True, delay=2) as bar:
         # The header that torch's reader wants.
-        write_tensors(
-            directory, shapes, read, metadata={"format": "pt"}, shard_bytes=shard_bytes, progress=bar.update
-        )
+        write_tensors(directory, shapes, read, metadata={"format": "pt"}, shard_bytes=shard_bytes, progress=bar.update)
 
 
 def _write_tokenizer(directory: Path, tokenizer: Tokenizer | None) -> None:

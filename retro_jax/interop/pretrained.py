@@ -1,16 +1,16 @@
 """A model with its tokenizer in one directory: what is exported, and what `load_pretrained` opens.
 
-    config.json        format, model (`RetroConfig`), context and neighbours of the training, tokenizer's file
-    model.safetensors  parameters by the names of `retro_jax.model.parameters`, one layer at a time, float32
-    tokenizer.model    SentencePiece, or tokenizer.json of the tokenizers library
-    README.md          the model card
+config.json        format, model (`RetroConfig`), context and neighbours of the training, tokenizer's file
+model.safetensors  parameters by the names of `retro_jax.model.parameters`, one layer at a time, float32
+tokenizer.model    SentencePiece, or tokenizer.json of the tokenizers library
+README.md          the model card
 """
 
 import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax import nnx
@@ -64,6 +64,22 @@ def load_pretrained(path: str | os.PathLike) -> Pretrained:
       UserError: no such model, an architecture that is not supported, tensors that are missing or of another shape, or
         a tokenizer that does not match.
     """
+    opened = open_pretrained(path)
+    return Pretrained(opened.config, assemble(opened.config, opened.read), *opened[2:])
+
+
+class Opened(NamedTuple):
+    """A `Pretrained` whose parameters are read one at a time, by name, with `read`."""
+
+    config: RetroConfig
+    read: Callable[[str], np.ndarray]
+    tokenizer: Tokenizer | None
+    context: int
+    neighbours: int
+
+
+def open_pretrained(path: str | os.PathLike) -> Opened:
+    """As `load_pretrained`, without reading the parameters yet."""
     path = Path(path)
     if not (path / CONFIG).is_file():
         raise UserError(f"{path / CONFIG}: no such file, so no model is here; export one with launch/export.py")
@@ -75,9 +91,9 @@ def load_pretrained(path: str | os.PathLike) -> Pretrained:
         tokenizer = _tokenizer(path)
         if tokenizer is not None:
             _require_rows(path, tokenizer, config)
-            config = dataclasses.replace(config, pad_id=tokenizer.pad_id)
+            config = with_ids(config, tokenizer)
         context = values.get("max_position_embeddings") or values.get("n_positions") or 0
-        return Pretrained(config, assemble(config, base), tokenizer, context, 0)
+        return Opened(config, base, tokenizer, context, 0)
     values = read_json(path / RETRIEVAL / CONFIG)
     whole = _model_config(path / RETRIEVAL / CONFIG, values)
     if _decoder(whole) != _decoder(config):
@@ -110,7 +126,7 @@ def _decoder(config: RetroConfig) -> RetroConfig:
     plain = {field.name: field.default for field in dataclasses.fields(config) if field.name.startswith("encoder_")}
     plain |= {"share_embeddings": False, "dtype": "float32", "remat": "none", "scan_layers": True, "init_scale": 0.02}
     plain |= {"neighbour_length": 128, "chunk_length": 64, "neighbour_part": "both", "cross_positions": True}
-    return dataclasses.replace(config, cca_layers=(), pad_id=config.vocab_size, **plain)
+    return dataclasses.replace(config, cca_layers=(), pad_id=config.vocab_size, bos_id=1, eos_id=2, **plain)
 
 
 def _model_config(path: Path, values: dict[str, Any]) -> RetroConfig:
@@ -121,18 +137,16 @@ def _model_config(path: Path, values: dict[str, Any]) -> RetroConfig:
     return from_dict(RetroConfig, values["model"], f"{path}: model")
 
 
-def _finish(
-    path: Path, values: dict[str, Any], config: RetroConfig, read: Callable[[str], np.ndarray]
-) -> Pretrained:
+def _finish(path: Path, values: dict[str, Any], config: RetroConfig, read: Callable[[str], np.ndarray]) -> Opened:
     tokenizer = _tokenizer(path)
     if values.get("tokenizer") != (tokenizer and tokenizer.fingerprint):
         found = f"has fingerprint {tokenizer.fingerprint}" if tokenizer else "is missing"
         raise UserError(f"{path}: the tokenizer {found}, the model was made with {values.get('tokenizer')}")
     if tokenizer is not None:
         _require_rows(path, tokenizer, config)
-        if tokenizer.pad_id != config.pad_id:
-            raise UserError(f"{tokenizer.path}: PAD is {tokenizer.pad_id}, the model's is {config.pad_id}")
-    return Pretrained(config, assemble(config, read), tokenizer, values.get("context", 0), values.get("neighbours", 0))
+        if with_ids(config, tokenizer) != config:
+            raise UserError(f"{tokenizer.path}: another PAD, BOS or EOS than the model's")
+    return Opened(config, read, tokenizer, values.get("context", 0), values.get("neighbours", 0))
 
 
 def _require_rows(path: Path, tokenizer: Tokenizer, config: RetroConfig) -> None:
@@ -142,6 +156,11 @@ def _require_rows(path: Path, tokenizer: Tokenizer, config: RetroConfig) -> None
             f"{tokenizer.path}: {tokenizer.vocab_size} tokens, the model of {path / CONFIG} has {config.vocab_size} "
             f"rows; give the tokenizer that it was trained with"
         )
+
+
+def with_ids(config: RetroConfig, tokenizer: Tokenizer) -> RetroConfig:
+    """The configuration with the special tokens of a tokenizer."""
+    return dataclasses.replace(config, pad_id=tokenizer.pad_id, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
 
 
 def _tokenizer(path: Path) -> Tokenizer | None:

@@ -1,7 +1,8 @@
 """The model as StableHLO programs, which run wherever JAX does without a line of this package.
 
-Programs are serialised by `jax.export` for CPU, GPU and TPU, with the batch as a symbol `b`; parameters are an argument,
-a dict by the names of `model.safetensors` beside them. `programs.json` says what goes into each and comes out of it.
+Programs are serialised by `jax.export` for CPU, GPU and TPU, with the batch as a symbol `b`; parameters are an
+argument, a dict by the names of `model.safetensors` beside them. `programs.json` says what goes into each and comes
+out of it.
 
     forward        (parameters, tokens [b, T], neighbours [b, T/M, K, R]) to logits [b, T, V]; off: without neighbours
     prepare        parameters to what the steps need of them, once
@@ -176,4 +177,6 @@ def _zeros(described: Any, batch: int) -> Any:
 def _require_close(program: str, directory: Path, found: Any, expected: np.ndarray) -> None:
     worst = float(np.max(np.abs(np.asarray(found) - expected)))
     if not worst <= TOLERANCE * max(1.0, float(np.abs(expected).max())):
-        raise UserError(f"{directory}: {program} reloaded gives logits {worst:.1e} off the model's; nothing was exported")
+        raise UserError(
+            f"{directory}: {program} reloaded gives logits {worst:.1e} off the model's; nothing was exported"
+        )

@@ -65,7 +65,7 @@ class Tensors(Mapping[str, np.ndarray]):
         """
         kind, path = self._types[name], self._places[name]
         if kind not in _FLOATS:
-            raise UserError(f"{path}: tensor {name} is {kind}; quantised checkpoints are not read, only {_listed(_FLOATS)}")
+            raise UserError(f"{path}: tensor {name} is {kind}; quantised checkpoints are not read, only floats")
         array = self._files[str(path)].get_tensor(name)
         array = array if kind in ("F32", "F64") else array.astype(np.float32)
         if not np.isfinite(array).all():
@@ -98,7 +98,8 @@ class Tensors(Mapping[str, np.ndarray]):
         if differences:
             more = f" and {len(differences) - _LISTED} more differences" if len(differences) > _LISTED else ""
             raise UserError(
-                f"{self.directory}: the tensors are not those of {described_by}: {'; '.join(differences[:_LISTED])}{more}"
+                f"{self.directory}: the tensors are not those of {described_by}: "
+                f"{'; '.join(differences[:_LISTED])}{more}"
             )
 
     def _paths(self) -> list[Path]:
@@ -200,7 +201,3 @@ def _header(shapes: Mapping[str, tuple[tuple[int, ...], str]], metadata: Mapping
 
 def _bytes(shape: tuple[int, ...], dtype: str) -> int:
     return int(np.prod(shape, dtype=np.int64)) * jnp.dtype(dtype).itemsize
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names))

@@ -6,8 +6,10 @@ from retro_jax.model.parameters import (
     assemble,
     count_parameters,
     from_layers,
+    layer_reader,
     layer_shapes,
     matrix_parameters,
+    replace_layers,
     to_layers,
 )
 from retro_jax.model.presets import PRESETS, every_third, preset
@@ -21,9 +23,11 @@ __all__ = [
     "count_parameters",
     "every_third",
     "from_layers",
+    "layer_reader",
     "layer_shapes",
     "logical_axes",
     "matrix_parameters",
     "preset",
+    "replace_layers",
     "to_layers",
 ]

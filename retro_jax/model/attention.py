@@ -147,7 +147,7 @@ class Attention(nnx.Module):
 
     Parameters: query [D, N, H], key and value [C, N, H], output [N, H, D]; transformer_xl adds relative W_R [D, N, H]
     and the biases content_bias u and position_bias v [N, H], where positions count. A `Form` may have fewer heads of
-    keys and values, a bias behind each projection (query_bias [N, H], output_bias [D], …) and norms of queries and keys.
+    keys and values, a bias behind each projection (query_bias [N, H], output_bias [D], …), norms of queries and keys.
     """
 
     def __init__(

@@ -124,7 +124,9 @@ class Incremental(nnx.Module):
         if neighbours is not None:
             start, stop = config.neighbour_range
             tokens = neighbours * (stop - start)
-            retrieved = Retrieved([stored(tokens, config.num_heads) for _ in config.cca_layers], jnp.zeros((batch, tokens), bool))
+            retrieved = Retrieved(
+                [stored(tokens, config.num_heads) for _ in config.cca_layers], jnp.zeros((batch, tokens), bool)
+            )
         return State(
             [stored(slots, config.kv_heads) for _ in self.blocks],
             [stored(config.chunk_length, config.kv_heads) for _ in self.blocks],
@@ -403,7 +405,5 @@ def _attend(
     return attention.project(mixed)
 
 
-def _angles(
-    config: RetroConfig, places: jax.Array, scaling: RopeScaling | None = None
-) -> tuple[jax.Array, jax.Array]:
+def _angles(config: RetroConfig, places: jax.Array, scaling: RopeScaling | None = None) -> tuple[jax.Array, jax.Array]:
     return rotation(places, config.head_size, config.rope_theta, statistics_dtype(config), scaling)

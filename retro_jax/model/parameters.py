@@ -55,11 +55,7 @@ def to_layers(params: nnx.State, config: RetroConfig) -> dict[str, Any]:
 
 def layer_reader(params: nnx.State, config: RetroConfig) -> Callable[[str], Any]:
     """Gives the array of a name of `to_layers`, taken out of its stack when it is asked for."""
-    places = {
-        name: (param, index)
-        for path, param in nnx.to_flat_state(params)
-        for name, index in _names(path, config)
-    }
+    places = {name: (param, index) for path, param in nnx.to_flat_state(params) for name, index in _names(path, config)}
 
     def read(name: str) -> Any:
         param, index = places[name]
@@ -130,6 +126,34 @@ def assemble(config: RetroConfig, read: Callable[[str], Any]) -> nnx.State:
                 raise UserError(f"parameter {name} has shape {value.shape}, the configuration needs {place.shape}")
             place[...] = value
         state.append((path, param.replace(jnp.asarray(whole))))
+    return nnx.from_flat_state(state)
+
+
+def replace_layers(params: nnx.State, config: RetroConfig, give: Callable[[str], Any | None]) -> nnx.State:
+    """Parameters with those in another's place that `give` has, each laid out on the devices as what it replaces.
+
+    Args:
+      params: of the model, on devices; all processes of a run make the same call.
+      config: the model's.
+      give: the array of a name of `to_layers`, or None to keep what is there; of a stack all or none.
+
+    Raises:
+      UserError: an array has another shape than the configuration's.
+    """
+    state = []
+    for path, param in nnx.to_flat_state(params):
+        given = [(name, index, give(name)) for name, index in _names(path, config)]
+        if all(value is None for _, _, value in given):
+            state.append((path, param))
+            continue
+        whole = np.empty(param.shape, param.dtype)
+        for name, index, value in given:
+            place = whole if index is None else whole[index]
+            if value.shape != place.shape:
+                raise UserError(f"parameter {name} has shape {value.shape}, the configuration needs {place.shape}")
+            place[...] = value
+        array = jax.make_array_from_callback(whole.shape, param[...].sharding, whole.__getitem__)
+        state.append((path, param.replace(array)))
     return nnx.from_flat_state(state)
 
 

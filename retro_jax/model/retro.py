@@ -98,7 +98,7 @@ class Retro(nnx.Module):
             raise UserError(f"tokens must be integers [B, T], are {tokens.dtype} {tuple(tokens.shape)}")
         if self.config.max_positions and tokens.shape[1] > self.config.max_positions:
             raise UserError(
-                f"tokens {tuple(tokens.shape)} are longer than the model's {self.config.max_positions} learned positions"
+                f"tokens {tuple(tokens.shape)} are more than the model's {self.config.max_positions} learned positions"
             )
         if neighbours is None:
             return

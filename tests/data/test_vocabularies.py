@@ -106,7 +106,7 @@ def test_tokens_are_those_of_the_library(kind):
 
 
 def test_padding_is_behind_all_tokens_and_the_documents_ends_are_known(kind):
-    name, native, ours = kind
+    name, _, ours = kind
     assert ours.pad_id == ours.vocab_size - 1 and ours.token_bytes[ours.pad_id] == 0
     assert ours.token_bytes[[ours.bos_id, ours.eos_id]].sum() == 0
     expected = {"gpt-2": (0, 0), "qwen": (0, 0)}.get(name, (1, 2))

@@ -172,7 +172,10 @@ def test_a_tokenizer_with_more_tokens_than_the_model(copy, exports):
     edit_config(directory, vocab_size=200)
     for path in directory.glob("model-*.safetensors"):
         edit_tensors(
-            path, lambda arrays: arrays.update({k: v[:200].copy() for k, v in arrays.items() if "embed" in k or k == "lm_head.weight"})
+            path,
+            lambda arrays: arrays.update(
+                {k: v[:200].copy() for k, v in arrays.items() if "embed" in k or k == "lm_head.weight"}
+            ),
         )
     shutil.rmtree(directory / "retrieval")
     message = line(directory)

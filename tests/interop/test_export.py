@@ -132,7 +132,11 @@ def test_writing_and_reading_hold_less_than_two_of_the_largest_arrays(tmp_path):
     tracemalloc.start()
     try:
         write_tensors(
-            tmp_path, shapes, lambda name: np.full((256, 1024), int(name[5:]), np.float32), metadata={}, shard_bytes=5 * size
+            tmp_path,
+            shapes,
+            lambda name: np.full((256, 1024), int(name[5:]), np.float32),
+            metadata={},
+            shard_bytes=5 * size,
         )
         tensors = Tensors(tmp_path)
         assert all(tensors[name].max() == int(name[5:]) for name in shapes)

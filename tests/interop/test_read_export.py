@@ -41,7 +41,9 @@ def test_the_example_computes_the_models_logits(tmp_path, name):
     expected = np.asarray(model(source.params))[0]
     np.testing.assert_allclose(reader.logits(tokens[0], near[0]), expected, atol=1e-4 * np.abs(expected).max())
     off = reader.logits(tokens[0])
-    np.testing.assert_array_equal(off[: config.chunk_length - 1], reader.logits(tokens[0], near[0])[: config.chunk_length - 1])
+    np.testing.assert_array_equal(
+        off[: config.chunk_length - 1], reader.logits(tokens[0], near[0])[: config.chunk_length - 1]
+    )
     assert np.abs(off - expected).max() > 0.1, "neighbours must matter for the comparison to mean anything"
 
 

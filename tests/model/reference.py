@@ -38,9 +38,7 @@ class Reference:
             seen = [range(max(0, t + 1 - config.window) if config.window else 0, t + 1) for t in range(length)]
             x = [
                 x[t]
-                + self.attend(
-                    f"{name}.attention", y[t], t, [(y[j], j) for j in seen[t] if tokens[j] != config.pad_id]
-                )
+                + self.attend(f"{name}.attention", y[t], t, [(y[j], j) for j in seen[t] if tokens[j] != config.pad_id])
                 for t in range(length)
             ]
             if neighbours is not None and config.cca_layers and layer == min(config.cca_layers):
@@ -188,7 +186,9 @@ class Reference:
         if f"{name}.bias" not in self.p:
             return self.rms(name, row)
         row = row - np.mean(row)
-        return row / np.sqrt(np.mean(row**2) + self.config.norm_epsilon) * self.p[f"{name}.scale"] + self.p[f"{name}.bias"]
+        return (
+            row / np.sqrt(np.mean(row**2) + self.config.norm_epsilon) * self.p[f"{name}.scale"] + self.p[f"{name}.bias"]
+        )
 
     def rms(self, name, row):
         return row / np.sqrt(np.mean(row**2) + self.config.norm_epsilon) * self.p[f"{name}.scale"]

@@ -67,7 +67,9 @@ class Fed:
             piece[:, :length] = tokens[:, start : start + length]
             near, complete = None, jnp.asarray(length == M)
             if self.neighbours is not None:
-                near = np.full((len(tokens), self.neighbours, self.config.neighbour_length), self.config.pad_id, np.int32)
+                near = np.full(
+                    (len(tokens), self.neighbours, self.config.neighbour_length), self.config.pad_id, np.int32
+                )
                 if length == M:
                     near = neighbours[:, start // M]
             out, state = self.advance(self.own, self.distances, state, piece, start, near, True, complete)
