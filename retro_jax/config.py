@@ -40,6 +40,9 @@ def _require_layers(name: str, layers: tuple[int, ...], count: int) -> None:
 REMAT_NAMES = ("query", "key", "value", "relative", "mixed", "added", "hidden")
 
 
+SPECIAL_TOKENS = ("pad_id", "bos_id", "eos_id", "unk_id")
+
+
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
     """How rotary frequencies are changed for contexts longer than those of the first training.
@@ -120,7 +123,7 @@ class RetroConfig:
       init_scale: standard deviation of the initial weights; residual outputs are scaled down by sqrt(2 * num_layers).
       pad_id: token id that is never attended to and never predicted; `vocab_size`, the first id without a row in the
         tables, where a vocabulary has none to spare.
-      bos_id, eos_id: token ids that begin and end a document.
+      bos_id, eos_id, unk_id: token ids that begin and end a document, and that stand for what is unknown (-1: none).
       dtype: compute dtype, "float32" or "bfloat16"; parameters, norms, softmax and loss are float32.
       remat: what the backward pass computes again. "none": nothing. "block": all of a block but its input. Or names of
         what a block keeps, separated by commas ("query,key,value,mixed"), out of REMAT_NAMES.
@@ -163,6 +166,7 @@ class RetroConfig:
     pad_id: int = 0
     bos_id: int = 1
     eos_id: int = 2
+    unk_id: int = 3
     dtype: str = "float32"
     remat: str = "none"
     scan_layers: bool = True

@@ -198,14 +198,15 @@ def _gpt2(values: dict[str, Any], path: Path) -> RetroConfig:
 
 
 def _document_ids(values: dict[str, Any]) -> dict[str, int]:
-    """BOS and EOS, of which the one stands for the other where a model has only one."""
+    """BOS and EOS, of which the one stands for the other where a model has only one; what is unknown is spelt."""
     found = {}
     for name in ("bos_id", "eos_id"):
         token = values.get(name.replace("_id", "_token_id"))
         token = token[0] if isinstance(token, list) and token else token
         if isinstance(token, int):
             found[name] = token
-    return dict.fromkeys(("bos_id", "eos_id"), next(iter(found.values()))) | found if found else {}
+    only = dict.fromkeys(("bos_id", "eos_id"), next(iter(found.values()))) if found else {}
+    return only | found | {"unk_id": -1}
 
 
 def _has_biases(values: dict[str, Any]) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import nnx
 
-from retro_jax.config import RetroConfig, from_dict
+from retro_jax.config import SPECIAL_TOKENS, RetroConfig, from_dict
 from retro_jax.data.tokenizer import Tokenizer
 from retro_jax.errors import UserError
 from retro_jax.interop.huggingface import BaseTensors, open_base, read_json
@@ -126,7 +126,7 @@ def _decoder(config: RetroConfig) -> RetroConfig:
     plain = {field.name: field.default for field in dataclasses.fields(config) if field.name.startswith("encoder_")}
     plain |= {"share_embeddings": False, "dtype": "float32", "remat": "none", "scan_layers": True, "init_scale": 0.02}
     plain |= {"neighbour_length": 128, "chunk_length": 64, "neighbour_part": "both", "cross_positions": True}
-    return dataclasses.replace(config, cca_layers=(), pad_id=config.vocab_size, bos_id=1, eos_id=2, **plain)
+    return dataclasses.replace(config, cca_layers=(), pad_id=config.vocab_size, bos_id=1, eos_id=2, unk_id=3, **plain)
 
 
 def _model_config(path: Path, values: dict[str, Any]) -> RetroConfig:
@@ -145,7 +145,7 @@ def _finish(path: Path, values: dict[str, Any], config: RetroConfig, read: Calla
     if tokenizer is not None:
         _require_rows(path, tokenizer, config)
         if with_ids(config, tokenizer) != config:
-            raise UserError(f"{tokenizer.path}: another PAD, BOS or EOS than the model's")
+            raise UserError(f"{tokenizer.path}: other ids of PAD, BOS, EOS or unknown than the model's")
     return Opened(config, read, tokenizer, values.get("context", 0), values.get("neighbours", 0))
 
 
@@ -160,7 +160,7 @@ def _require_rows(path: Path, tokenizer: Tokenizer, config: RetroConfig) -> None
 
 def with_ids(config: RetroConfig, tokenizer: Tokenizer) -> RetroConfig:
     """The configuration with the special tokens of a tokenizer."""
-    return dataclasses.replace(config, pad_id=tokenizer.pad_id, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
+    return dataclasses.replace(config, **{name: getattr(tokenizer, name) for name in SPECIAL_TOKENS})
 
 
 def _tokenizer(path: Path) -> Tokenizer | None:

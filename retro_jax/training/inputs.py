@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from retro_jax.config import TrainConfig
+from retro_jax.config import SPECIAL_TOKENS, TrainConfig
 from retro_jax.data.sequences import SequenceSource
 from retro_jax.data.tokenizer import Tokenizer
 from retro_jax.errors import UserError
@@ -49,7 +49,7 @@ def check_data(config: TrainConfig, sources: Sequence[SequenceSource], held_out:
         if source.tokenizer_fingerprint != sources[0].tokenizer_fingerprint:
             raise UserError(f"{directory}: another tokenizer than that of {config.data.sequences[0]}")
     tokenizer = Tokenizer(sources[0].tokenizer_path)
-    for name in ("pad_id", "bos_id", "eos_id"):
+    for name in SPECIAL_TOKENS:
         if getattr(tokenizer, name) != getattr(config.model, name):
             raise UserError(
                 f"{directories[0]}: its tokenizer's {name} is {getattr(tokenizer, name)}, model.{name} is "
