@@ -119,6 +119,8 @@ class RetroConfig:
       ffw_biases: in the decoder's feed-forward.
       tie_embeddings: the output head is the decoder's embedding table.
       share_embeddings: the encoder reads the decoder's embedding table (needs encoder_width == width).
+      lora_rank: rank of a trained addition to the query and value projections of the decoder's self-attention (LoRA, Hu
+        et al. 2021), which begins at 0; 0 for none.
       norm_epsilon: of every norm.
       init_scale: standard deviation of the initial weights; residual outputs are scaled down by sqrt(2 * num_layers).
       pad_id: token id that is never attended to and never predicted; `vocab_size`, the first id without a row in the
@@ -159,6 +161,7 @@ class RetroConfig:
     ffw: str = "gelu"
     attention_biases: str = "none"
     ffw_biases: bool = False
+    lora_rank: int = 0
     tie_embeddings: bool = True
     share_embeddings: bool = False
     norm_epsilon: float = 1e-6
@@ -229,7 +232,7 @@ class RetroConfig:
         _require_choice("model.norm", self.norm, ("rms", "layer"))
         _require_choice("model.ffw", self.ffw, ("gelu", "swiglu"))
         _require_choice("model.attention_biases", self.attention_biases, ("none", "qkv", "all"))
-        for name in ("num_kv_heads", "window", "max_positions"):
+        for name in ("num_kv_heads", "window", "max_positions", "lora_rank"):
             _require(getattr(self, name) >= 0, f"model.{name} must not be negative, is {getattr(self, name)}")
         _require(
             self.num_heads % self.kv_heads == 0,

@@ -5,6 +5,7 @@ is there whole and right, or not at all. One parameter at a time is in memory.
 """
 
 import contextlib
+import dataclasses
 import os
 import secrets
 import shutil
@@ -94,6 +95,8 @@ def export_huggingface(
 ) -> None:
     """Writes the decoder, RETRO[OFF], as transformers reads it, and encoder and cross-attention in `retrieval/`.
 
+    What LoRA adds is put into the projections.
+
     Args:
       source, path, name: as for `export_native`.
       shard_bytes: how large a file of weights may become.
@@ -102,8 +105,9 @@ def export_huggingface(
       UserError: no Hugging Face architecture has this decoder, the directory is there, or what was written is not what
         was meant.
     """
-    config, read = source.config, layer_reader(source.params, source.config)
-    tokenizer, dtype = source.tokenizer, parameter_types(source.config)
+    read = _merged(source)
+    source = dataclasses.replace(source, config=dataclasses.replace(source.config, lora_rank=0))
+    config, tokenizer, dtype = source.config, source.tokenizer, parameter_types(source.config)
     values = write_config(
         config,
         context=source.context,
@@ -126,6 +130,22 @@ def export_huggingface(
         _write(directory / RETRIEVAL, own, read, label="retrieval")
         write_json(directory / RETRIEVAL / CONFIG, _values(source))
         _compare(own, read, Tensors(directory / RETRIEVAL).__getitem__, directory / RETRIEVAL)
+
+
+def _merged(source: Pretrained) -> Read:
+    """Reads the parameters with what LoRA adds put into the projections."""
+    read = layer_reader(source.params, source.config)
+    adapted = {f".attention.{name}": f".attention.{name}_lora" for name in ("query", "value")}
+
+    def merged(name: str) -> Any:
+        ending = next((ending for ending in adapted if name.endswith(ending)), None)
+        if not source.config.lora_rank or ending is None or not name.startswith("decoder"):
+            return read(name)
+        lora = name.removesuffix(ending) + adapted[ending]
+        down, up = np.asarray(read(f"{lora}.down")), np.asarray(read(f"{lora}.up"))
+        return np.asarray(read(name)) + np.einsum("dr,rnh->dnh", down, up)
+
+    return merged
 
 
 class _BaseReader:

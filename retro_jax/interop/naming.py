@@ -57,7 +57,7 @@ class Entry:
 
 def entries(config: RetroConfig) -> list[Entry]:
     """Of every parameter of the decoder without chunked cross-attention, in the checkpoint's order."""
-    config = dataclasses.replace(config, cca_layers=())
+    config = dataclasses.replace(config, cca_layers=(), lora_rank=0)
     shapes = {name: tuple(leaf.shape) for name, leaf in layer_shapes(config).items()}
     names = dict(_gpt2(config) if config.positions == "learned" else _llama(config))
     unknown = set(shapes) ^ set(names)

@@ -142,6 +142,21 @@ def causal_mask(queries: jax.Array, keys: int, window: int = 0) -> jax.Array:
     return seen[..., None, :]
 
 
+class LowRank(nnx.Module):
+    """What LoRA adds to a projection [D, N, H]: up(down(x)) over a rank r, 0 at first (Hu et al. 2021, section 4.1)."""
+
+    def __init__(self, config: RetroConfig, source: Stream, rank: int, heads: tuple[int, int], key: jax.Array):
+        dtype = statistics_dtype(config)
+        self.down = normal(key, (source.width, rank), (source.axis, "rank"), 1 / math.sqrt(source.width), dtype)
+        self.up = zeros((rank, *heads), ("rank", "heads", "head"), dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] to [N, ..., H]."""
+        up = weight(self.up, x.dtype)
+        added = linear(linear(x, weight(self.down, x.dtype)), up.reshape(up.shape[0], -1))
+        return jnp.moveaxis(added.reshape(*x.shape[:-1], *up.shape[1:]), -2, 0)
+
+
 class Attention(nnx.Module):
     """Projections of one attention and `attend`, shared by the four kinds.
 
@@ -191,6 +206,10 @@ class Attention(nnx.Module):
             for name, shape in (("query", heads), ("key", pairs), ("value", pairs))
         )
         self.output_bias = zeros((queries.width,), (queries.axis,), dtype) if "output" in biased else None
+        self.query_lora, self.value_lora = (
+            LowRank(config, source, form.lora_rank, shape, jax.random.fold_in(key, number)) if form.lora_rank else None
+            for number, shape in ((5, heads), (6, pairs))
+        )
         of_heads = Stream(head_size, "head")
         self.query_norm, self.key_norm = (RMSNorm(config, of_heads) if form.qk_norm else None for _ in range(2))
         if relative and config.positions != "rope":
@@ -326,6 +345,7 @@ class Attention(nnx.Module):
     def queries(self, x: jax.Array) -> jax.Array:
         """[..., D] to [N, ..., H]."""
         query = self.heads(x, self.query, self.query_bias)
+        query = query if self.query_lora is None else query + self.query_lora(x)
         return query if self.query_norm is None else self.query_norm(query)
 
     def keys(self, source: jax.Array) -> jax.Array:
@@ -335,7 +355,8 @@ class Attention(nnx.Module):
 
     def values(self, source: jax.Array) -> jax.Array:
         """[..., C] to [N, ..., H]."""
-        return self.heads(source, self.value, self.value_bias)
+        value = self.heads(source, self.value, self.value_bias)
+        return value if self.value_lora is None else value + self.value_lora(source)
 
     def heads(self, x: jax.Array, kernel: nnx.Param, bias: nnx.Param | None = None) -> jax.Array:
         """[..., D] to [N, ..., H]."""

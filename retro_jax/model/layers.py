@@ -45,6 +45,7 @@ class Form(NamedTuple):
     attention_biases: str = "none"
     ffw: str = "gelu"
     ffw_biases: bool = False
+    lora_rank: int = 0
 
 
 PAPER = Form()
@@ -60,6 +61,7 @@ def decoder_form(config: RetroConfig) -> Form:
         config.attention_biases,
         config.ffw,
         config.ffw_biases,
+        config.lora_rank,
     )
 
 

@@ -13,6 +13,7 @@ Layers are counted from 1, as P is in the paper and in the configuration. The na
 and where the decoder is of another form (`RetroConfig.num_kv_heads` to `ffw_biases`)
 
     positions.table  decoder.layers.{1..}.attention.{query|key|value|output}_bias  …attention.{query|key}_norm.scale
+    decoder.layers.{1..}.attention.{query|value}_lora.{down|up}
     decoder.layers.{1..}.ffw.gate  …ffw.{gate|up|down}_bias  …norm.bias
 """
 

@@ -26,6 +26,7 @@ RULES: Mapping[str | None, Target] = {
     "head": None,
     "ffw": "tensor",
     "positions": None,
+    "rank": None,
     "layers": None,
     None: None,
 }

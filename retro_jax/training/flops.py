@@ -161,6 +161,7 @@ def _products(
         *_projections(
             "decoder", (tokens, config.width), (tokens, config.width), heads, config.kv_heads * config.head_size
         ),
+        *_low_rank(config, tokens),
         *_causal_scores(config, batch_size, length, heads, blocks),
         *_feed_forward("decoder", tokens, config.width, config.ffw_width, gated=config.ffw == "swiglu"),
     )
@@ -199,6 +200,15 @@ def _projections(
     from_queries, from_source = 2.0 * math.prod(queries) * heads, 2.0 * math.prod(source) * (pairs or heads)
     flops = {"query": from_queries, "key": from_source, "value": from_source, "added": from_queries}
     return [Product(part, name, value, value) for name, value in flops.items()]
+
+
+def _low_rank(config: RetroConfig, positions: int) -> list[Product]:
+    """LoRA's additions to query and value."""
+    if not config.lora_rank:
+        return []
+    widths = {"query": config.num_heads * config.head_size, "value": config.kv_heads * config.head_size}
+    flops = {name: 2.0 * positions * config.lora_rank * (config.width + width) for name, width in widths.items()}
+    return [Product("decoder", name, value, value) for name, value in flops.items()]
 
 
 def _scores(

@@ -1,6 +1,7 @@
 """RETROfit: a trained decoder gets an encoder and chunked cross-attention (paper section 4.2, appendix B.2).
 
-The decoder stays as it is, so that RETRO[OFF] is the model it was, bit for bit. The output projections of the new
+The decoder stays as it is, so that RETRO[OFF] is the model it was, bit for bit; with `model.lora_rank` it gets a small
+trained addition, which changes OFF as well. The output projections of the new
 cross-attention begin at 0, so that the first step of RETRO[ON] is that model too.
 """
 
@@ -59,6 +60,7 @@ def resolve(config: TrainConfig, base: RetroConfig) -> TrainConfig:
     """
     own = RETRIEVAL + _COMPUTATION if base.is_baseline else _COMPUTATION
     changes = {name: getattr(config.model, name) for name in own}
+    changes["lora_rank"] = base.lora_rank or config.model.lora_rank
     if base.is_baseline:
         changes["cca_layers"] = config.model.cca_layers or every_third(base.num_layers)
         if not changes["cca_layers"]:
@@ -70,7 +72,7 @@ def trains(config: TrainConfig) -> Callable[[tuple[str, ...]], bool] | None:
     """Of the path of a parameter, whether the run trains it; None where it trains all."""
     if not config.cca_gate:
         return lambda path: not _is_retrieval(path)
-    return _is_retrieval if config.init_from and not config.unfreeze_decoder else None
+    return _is_added if config.init_from and not config.unfreeze_decoder else None
 
 
 def begin(params: nnx.State, config: TrainConfig, base: Base) -> nnx.State:
@@ -101,6 +103,10 @@ def begin(params: nnx.State, config: TrainConfig, base: Base) -> nnx.State:
         return read("embedding.table") if copies and name == "encoder_embedding.table" else None
 
     return replace_layers(params, model, give)
+
+
+def _is_added(path: tuple[str, ...]) -> bool:
+    return _is_retrieval(path) or any(name.endswith("_lora") for name in path)
 
 
 def _is_retrieval(path: tuple[str, ...]) -> bool:

@@ -92,6 +92,17 @@ def test_transformers_gives_the_logits_of_retro_off(tmp_path, config):
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-5)
 
 
+def test_lora_is_put_into_the_projections_of_a_hugging_face_export(tmp_path):
+    config = dataclasses.replace(LLAMA, cca_layers=(), lora_rank=3)
+    source = pretrained(config)
+    export_huggingface(source, tmp_path / "model", name="Test")
+    found = retro_jax.load_pretrained(tmp_path / "model")
+    assert found.config.lora_rank == 0
+    tokens = np.random.default_rng(0).integers(1, config.vocab_size, (2, 9), np.int32)
+    expected = jax.jit(source.model.__call__)(tokens)
+    np.testing.assert_allclose(jax.jit(found.model.__call__)(tokens), expected, atol=1e-4 * np.abs(expected).max())
+
+
 def test_a_decoder_that_no_architecture_has_is_refused(tmp_path):
     for config, reason in (
         (RETRO, "positions are transformer_xl"),

@@ -132,6 +132,8 @@ class Reference:
         projected = vector @ self.p[f"{name}.{kind}"][:, n]
         if f"{name}.{kind}_bias" in self.p:
             projected = projected + self.p[f"{name}.{kind}_bias"][n]
+        if f"{name}.{kind}_lora.up" in self.p:
+            projected = projected + vector @ self.p[f"{name}.{kind}_lora.down"] @ self.p[f"{name}.{kind}_lora.up"][:, n]
         return self.rms(f"{name}.{kind}_norm", projected) if f"{name}.{kind}_norm.scale" in self.p else projected
 
     def sinusoid(self, distance, width):

@@ -34,7 +34,7 @@ _LLAMA = dataclasses.replace(_TWO, positions="rope", ffw="swiglu", num_heads=4, 
 BLOCKS = {
     "llama": dataclasses.replace(_LLAMA, rope_scaling=RopeScaling("llama3", 8.0, 64)),
     "mistral and qwen": dataclasses.replace(
-        _LLAMA, window=3, qk_norm=True, attention_biases="qkv", rope_scaling=RopeScaling("yarn", 4.0, 32)
+        _LLAMA, window=3, qk_norm=True, lora_rank=2, attention_biases="qkv", rope_scaling=RopeScaling("yarn", 4.0, 32)
     ),
     "gpt-2": dataclasses.replace(
         _TWO, positions="learned", max_positions=24, norm="layer", attention_biases="all", ffw_biases=True

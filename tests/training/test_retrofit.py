@@ -134,6 +134,17 @@ def test_on_begins_as_the_base_only_the_retrieval_is_trained_and_off_stays_the_b
     assert np.abs(np.asarray(logits(state.params, tokens, near)) - off).max() > 1e-3
 
 
+def test_with_lora_the_additions_are_trained_too_and_begin_at_nothing(base):
+    run = resolve(dataclasses.replace(RUN, model=dataclasses.replace(WANTED, lora_rank=3)), BASE)
+    mesh = create_mesh(MeshConfig(), jax.devices()[:1])
+    plan = plan_model(run.model, mesh, trains(run))
+    kept = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(plan.split(plan.params)[0])}
+    assert {"query_lora" in name for name in kept} == {True, False}
+    assert all(any(part in name for part in ("_lora", "cca", "encoder")) for name in kept)
+    added = set(layer_shapes(run.model)) - set(layer_shapes(resolve(RUN, BASE).model))
+    assert len(added) == 2 * 2 * BASE.num_layers and all("_lora." in name for name in added)
+
+
 def test_unfrozen_everything_is_trained_and_with_the_gate_shut_the_decoder_alone(base):
     assert trains(dataclasses.replace(RUN, unfreeze_decoder=True)) is None
     assert trains(dataclasses.replace(RUN, init_from="")) is None
