@@ -11,12 +11,16 @@ from retro_jax.config import RopeScaling
 
 
 @functools.cache
-def frequencies(head_size: int, theta: float, scaling: RopeScaling | None = None) -> tuple[np.ndarray, float]:
-    """Radians per token of the H/2 pairs, float64 descending, and the factor for the length of what is rotated.
+def frequencies(
+    head_size: int, theta: float, scaling: RopeScaling | None = None, dtype: str = "float32"
+) -> tuple[np.ndarray, float]:
+    """Radians per token of the H/2 pairs, descending, and the factor for the length of what is rotated.
 
-    Pair a turns by theta^(-2a/H) (Su et al. 2021, section 3.2.2).
+    Pair a turns by theta^(-2a/H) (Su et al. 2021, section 3.2.2). In float32 and in this order of operations as torch
+    computes them: far from the start a last bit more or less of a frequency shows in the logits.
     """
-    plain = theta ** (-np.arange(0, head_size, 2, dtype=np.float64) / head_size)
+    number = np.dtype(dtype).type
+    plain = number(1) / number(theta) ** (np.arange(0, head_size, 2, dtype=dtype) / number(head_size))
     if scaling is None:
         return plain, 1.0
     slow = plain / scaling.factor
@@ -43,7 +47,7 @@ def rotation(
     places: jax.Array, head_size: int, theta: float, dtype: jnp.dtype, scaling: RopeScaling | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """(cos, sin) of the rotary angles, each [P, H/2]."""
-    each, length = frequencies(head_size, theta, scaling)
+    each, length = frequencies(head_size, theta, scaling, str(dtype))
     angles = places.astype(dtype)[:, None] * jnp.asarray(each, dtype)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     return (cos, sin) if length == 1 else (cos * length, sin * length)

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as Json
 from tokenizers import models, pre_tokenizers, trainers
 
 import retro_jax
-from retro_jax.config import CheckpointConfig, DataConfig, OptimizerConfig, TrainConfig, to_dict
+from retro_jax.config import CheckpointConfig, DataConfig, MeshConfig, OptimizerConfig, TrainConfig, to_dict
 from retro_jax.data.corpus import Corpus, build_corpus
 from retro_jax.data.sequences import write_sequences
 from retro_jax.data.text import read_documents
@@ -69,6 +69,7 @@ def run(base, sequences, tmp_path_factory):
         data=DataConfig(sequences=(str(sequences),)),
         optimizer=OptimizerConfig(peak_learning_rate=1e-2, warmup_steps=1),
         checkpoint=CheckpointConfig(every_steps=2),
+        mesh=MeshConfig(data=jax.device_count(), fsdp=1),  # too small to be split
         steps=2,
         batch_size=8,
     )

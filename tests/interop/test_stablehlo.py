@@ -31,7 +31,8 @@ parameters = load_file(f"{directory}/model.safetensors")
 given = np.load(f"{out}/inputs.npz")
 tokens, neighbours = given["tokens"], given["neighbours"]
 chunk = about["slots"] // neighbours.shape[1]
-whole = load("forward")(parameters, tokens, neighbours)
+on = "forward" in about["programs"]
+whole = load("forward")(parameters, tokens, neighbours) if on else load("forward_off")(parameters, tokens)
 
 def zeros(text):
     kind, shape = text.rstrip("]").split("[")
@@ -39,13 +40,14 @@ def zeros(text):
 
 prepared = load("prepare")(parameters)
 state = jax.tree.map(zeros, about["programs"]["step"]["arguments"][1])
-step, step_end = jax.jit(load("step")), jax.jit(load("step_end"))
+step, step_end = jax.jit(load("step")), jax.jit(load("step_end" if on else "step_end_off"))
 steps = []
 for slot in range(about["slots"]):
     if (slot + 1) % chunk:
         logits, state = step(prepared, state, tokens[:, slot], np.int32(slot))
     else:
-        logits, state = step_end(prepared, state, tokens[:, slot], np.int32(slot), neighbours[:, slot // chunk])
+        near = (neighbours[:, slot // chunk],) if on else ()
+        logits, state = step_end(prepared, state, tokens[:, slot], np.int32(slot), *near)
     steps.append(logits)
 np.savez(f"{out}/outputs.npz", whole=whole, steps=np.stack(steps, 1))
 """
@@ -57,7 +59,8 @@ SMALLEST = dataclasses.replace(LLAMA, num_layers=1, cca_layers=(1,), scan_layers
 @pytest.mark.parametrize(
     ("config", "platforms"),
     [
-        pytest.param(SMALLEST, ("cpu",), id="one layer"),
+        pytest.param(dataclasses.replace(SMALLEST, cca_layers=()), ("cpu",), id="baseline"),
+        pytest.param(SMALLEST, ("cpu",), id="one layer", marks=pytest.mark.slow),
         pytest.param(dataclasses.replace(RETRO, cca_layers=(2,)), PLATFORMS, id="paper", marks=pytest.mark.slow),
     ],
 )
@@ -65,8 +68,9 @@ def test_programs_reloaded_without_the_package_give_the_models_logits(tmp_path, 
     source = pretrained(config)
     export_stablehlo(source, tmp_path / "model", name="Test", platforms=platforms)
     about = json.loads((tmp_path / "model" / "programs.json").read_text())
-    assert set(about["programs"]) == {"forward", "forward_off", "prepare", "step", "step_end", "step_end_off"}
-    assert about["programs"]["forward"]["results"] == "float32[b, 12, 290]"
+    names = {"forward_off", "prepare", "step", "step_end_off"}
+    assert set(about["programs"]) == names | (set() if config.is_baseline else {"forward", "step_end"})
+    assert about["programs"]["forward_off"]["results"] == "float32[b, 12, 290]"
     generator = np.random.default_rng(0)
     tokens = generator.integers(1, config.vocab_size, (2, 12), np.int32)
     near = generator.integers(1, config.vocab_size, (2, 3, 2, config.neighbour_length), np.int32)
@@ -75,7 +79,8 @@ def test_programs_reloaded_without_the_package_give_the_models_logits(tmp_path, 
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     graphdef = nnx.graphdef(source.model)
-    expected = jax.jit(lambda params: nnx.merge(graphdef, params)(tokens, near))(source.params)
+    inputs = (tokens,) if config.is_baseline else (tokens, near)
+    expected = jax.jit(lambda params: nnx.merge(graphdef, params)(*inputs))(source.params)
     outputs = np.load(tmp_path / "outputs.npz")
     for name in ("whole", "steps"):
         np.testing.assert_allclose(outputs[name], expected, atol=1e-4 * np.abs(expected).max(), err_msg=name)
