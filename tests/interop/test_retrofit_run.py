@@ -14,7 +14,7 @@ from tokenizers import models, pre_tokenizers, trainers
 import retro_jax
 from retro_jax.config import CheckpointConfig, DataConfig, MeshConfig, OptimizerConfig, TrainConfig, to_dict
 from retro_jax.data.corpus import Corpus, build_corpus
-from retro_jax.data.sequences import write_sequences
+from retro_jax.data.sequences import SequenceSource, write_sequences
 from retro_jax.data.text import read_documents
 from retro_jax.data.tokenizer import Tokenizer
 from retro_jax.interop.checkpoint import open_base, open_checkpoint
@@ -53,7 +53,6 @@ def sequences(base, tmp_path_factory):
     (root / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     build_corpus([root / "text.jsonl"], Tokenizer(base / "tokenizer.json"), root / "corpus", chunk_length=M)
     corpus = Corpus(root / "corpus")
-    assert corpus.pad_id == 289 and corpus.tokens(-1).tolist() == [289] * M
     write_random_neighbours(root / "neighbours", corpus, corpus)
     write_sequences(corpus, NeighbourTable(root / "neighbours"), corpus, root / "sequences", length=T, k=2)
     return root / "sequences"
@@ -78,6 +77,30 @@ def run(base, sequences, tmp_path_factory):
     return workdir
 
 
+def test_data_of_that_tokenizer_has_its_padding_and_ends(sequences):
+    source = SequenceSource(sequences)
+    corpus = Corpus(sequences.parent / "corpus")
+    assert corpus.pad_id == 289 and corpus.tokens(-1).tolist() == [289] * M
+    arrays = [source[index] for index in range(len(source))]
+    tokens = np.concatenate([each["tokens"] for each in arrays])
+    assert (tokens == 289).any() and (tokens == 0).any() and tokens.max() == 289
+    assert any((each["neighbours"] == 289).any() for each in arrays)
+    document = corpus.tokens(np.arange(corpus.document_range(0)[1])).reshape(-1)
+    assert document[0] == 0 and corpus.tokenizer.decode(document) == next(iter(read_documents([SAMPLE]))).text[:300]
+
+
+def test_the_program_exports_and_refuses_what_is_there(base, tmp_path):
+    flags = [f"--checkpoint={base}", "--format=safetensors", f"--output={tmp_path / 'out'}"]
+    status, stdout, stderr = run_program("launch/export.py", *flags)
+    assert status == 0, stderr
+    assert "bytes written and checked" in stdout
+    found, source = retro_jax.load_pretrained(tmp_path / "out"), retro_jax.load_pretrained(base)
+    assert found.config == source.config and found.context == source.context == T
+    jax.tree.map(np.testing.assert_array_equal, found.params, source.params)
+    assert found.tokenizer.fingerprint == source.tokenizer.fingerprint
+
+
+@pytest.mark.slow
 def test_the_trained_model_is_the_base_without_retrieval(run, base):
     fitted, before = open_checkpoint(run), retro_jax.load_pretrained(base)
     assert fitted.config.cca_layers == (2, 3) and fitted.config.pad_id == 289
@@ -87,6 +110,7 @@ def test_the_trained_model_is_the_base_without_retrieval(run, base):
     assert any(np.asarray(now[name]).any() for name in now if name.endswith("cca.output")), "they began at 0"
 
 
+@pytest.mark.slow
 def test_the_program_exports_it_and_the_export_is_it(run, base, tmp_path):
     flags = [f"--checkpoint={run}", "--format=hf", f"--output={tmp_path / 'out'}"]
     status, stdout, stderr = run_program("launch/export.py", *flags)
