@@ -21,6 +21,7 @@ SERVE = [
     "protobuf>=6.31",
     "cryptography>=42",
 ]
+EXPLORE = ["starlette>=1.0", "uvicorn>=0.50"]
 DEV = [
     "pytest>=8",
     "pytest-timeout>=2",
@@ -33,6 +34,8 @@ DEV = [
     "trustme>=1.2",
     "kubernetes-validate>=1.37",
     "psutil>=6",
+    "playwright>=1.60",  # drives a Chromium that is installed already
+    *EXPLORE,
 ]
 
 setup(
@@ -43,7 +46,11 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["retro_jax", "retro_jax.*"]),
-    package_data={"retro_jax.evaluation": ["report.html"], "retro_jax.retrieval.service": ["*.proto", "*.pyi"]},
+    package_data={
+        "retro_jax.evaluation": ["report.html"],
+        "retro_jax.explorer": ["page/*"],
+        "retro_jax.retrieval.service": ["*.proto", "*.pyi"],
+    },
     install_requires=[
         "jax~=0.10.2",  # several processes use parts of JAX that it does not promise to keep
         "flax~=0.12.8",
@@ -64,6 +71,7 @@ setup(
     extras_require={
         "data": DATA,
         "serve": SERVE,
+        "explore": EXPLORE,
         "tpu": ["jax[tpu]~=0.10.2"],
         "cuda13": ["jax[cuda13]~=0.10.2"],
         "interop": ["huggingface-hub>=0.25", "tokenizers>=0.20"],

@@ -128,7 +128,7 @@ def main() -> None:
             database=database,
             output=work / f"bpb_{name}.json",
         )
-    sampling = {"workdir": work / "retro", "prompt": _prompt(work), "max_new_tokens": 96, "temperature": 0}
+    sampling = {"workdir": work / "retro", "prompt": _beginning(work, 240), "max_new_tokens": 96, "temperature": 0}
     demo.run(
         "sample with retrieval",
         "launch/sample.py",
@@ -138,8 +138,22 @@ def main() -> None:
         output=work / "sample_on.json",
     )
     demo.run("sample without retrieval", "launch/sample.py", **sampling, output=work / "sample_off.json")
-    report = _write_report(work, demo.stages)
-    print(f"\nThe report: {report}")
+    excerpt = work / "text" / "excerpt.txt"
+    with atomic_write(excerpt) as temporary:
+        temporary.write_text(_beginning(work, 1600), encoding="utf-8")
+    page = work / "explorer.html"
+    demo.run(
+        "explorer's page",
+        "launch/explore.py",
+        workdir=work / "retro",
+        database=database,
+        embedder=embedder,
+        prompt_file=excerpt,
+        max_new_tokens=0,
+        html=page,
+    )
+    report = _write_report(work, demo.stages, page)
+    print(f"\nThe report: {report}\nWhat retrieval changed, token by token: {page}")
 
 
 class Demo:
@@ -183,14 +197,14 @@ def _flag(key: str, value: object) -> str:
     return f"--{key}={value}"
 
 
-def _prompt(work: Path) -> str:
-    """The first lines of a revised document, a little more than one chunk."""
+def _beginning(work: Path, characters: int) -> str:
+    """The first words of a revised document: 240 characters are a little more than one chunk."""
     with open(work / "text" / "revised.jsonl", encoding="utf-8") as file:
         text = json.loads(file.readline())["text"]
-    return text[:240].rsplit(" ", 1)[0]
+    return text[:characters].rsplit(" ", 1)[0]
 
 
-def _write_report(work: Path, stages: dict[str, float]) -> Path:
+def _write_report(work: Path, stages: list[tuple[str, float]], explorer: Path) -> Path:
     results = {
         name: json.loads((work / f"bpb_{name}.json").read_text(encoding="utf-8"))["results"] for name in EVALUATIONS
     }
@@ -211,6 +225,7 @@ def _write_report(work: Path, stages: dict[str, float]) -> Path:
         evaluations=[(*EVALUATIONS[name], results[name]) for name in EVALUATIONS],
         samples=[_read(work / f"sample_{mode}.json") for mode in ("on", "off")],
         stages=stages,
+        explorer=(explorer.name, "The same for a revised document, token by token"),
     )
     path = work / "report.html"
     with atomic_write(path) as temporary:

@@ -1,15 +1,20 @@
-"""Continues a prompt, retrieving at each chunk boundary, and shows the neighbours that were used; or scores a text.
+"""Continues prompts, retrieving at each chunk boundary, and shows the neighbours that were used; or scores a text.
 
 python launch/sample.py --workdir=runs/retro --database=database --embedder=minilm --prompt="The capital of"
 python launch/sample.py --workdir=runs/retro --service=127.0.0.1:50051 --prompt="The capital of"
 python launch/sample.py --workdir=runs/retro --prompt="The capital of"          # RETRO[OFF], no retrieval
 python launch/sample.py --workdir=runs/retro --database=database --embedder=minilm --prompt="Text to score" --score
+python launch/sample.py --workdir=runs/retro --database=database --embedder=minilm --prompts=questions.jsonl
+python launch/sample.py --workdir=runs/retro --service=127.0.0.1:50051 --interactive    # a prompt a line
+
+Before every prompt, or batch of --prompts, it looks whether the database has changed, and goes by what it is then.
 """
 
 import json
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from absl import flags
 
@@ -20,17 +25,16 @@ from retro_jax.inference.decoding import Decoding
 from retro_jax.inference.neighbours import ON_FAILURE, RetrievedChunk
 from retro_jax.inference.sampling import Request, Sampler
 from retro_jax.inference.scoring import Scorer
-from retro_jax.inference.text import TextStream
-from retro_jax.retrieval.service.access import Service
+from retro_jax.inference.text import TextStream, begins_with
 from retro_jax.training.trained import TrainedRun, load_trained
-
-if TYPE_CHECKING:
-    from retro_jax.retrieval.service.client import RetrievalClient
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Trained run.")
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue, or to score.")
-_DATABASE = flags.DEFINE_string("database", None, "Retrieval database; without one the model runs OFF.")
-_EMBEDDER = flags.DEFINE_string("embedder", None, "Directory (or hub id) of the database's embedder.")
+_PROMPTS = flags.DEFINE_string(
+    "prompts", None, "File of many: JSON lines with a `prompt` and, where it is known, the `answer`."
+)
+_INTERACTIVE = flags.DEFINE_bool("interactive", False, "Read prompts from standard input, one a line.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Prompts of --prompts that are continued together.", lower_bound=1)
 _NEIGHBOURS = flags.DEFINE_string(
     "neighbours", None, 'JSON file of neighbours of your own, {"1": ["text", …], …}; chunks are counted from 1.'
 )
@@ -55,19 +59,20 @@ _SEED = flags.DEFINE_integer("seed", 0, "Seed of the draws.", lower_bound=0)
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to sample from; the newest by default.")
 _SCORE = flags.DEFINE_bool("score", False, "Give the log-probability of each token of --prompt, and generate nothing.")
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file for what is printed.")
-program.define_service_flags(seconds=30)
-flags.mark_flags_as_required(["workdir", "prompt"])
+program.define_retriever_flags(seconds=30)
+flags.mark_flag_as_required("workdir")
 
 
 def main() -> None:
     decoding = Decoding(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _SEED.value, _MIN_P.value, _PENALTY.value)
-    try:
-        _PROMPT.value.encode()
-    except UnicodeEncodeError:
-        raise UserError("--prompt is not valid UTF-8") from None
+    if (_PROMPT.value is not None) + (_PROMPTS.value is not None) + _INTERACTIVE.value != 1:
+        raise UserError("give one of --prompt, --prompts and --interactive")
+    if _SCORE.value and _PROMPT.value is None:
+        raise UserError("--score goes with --prompt")
+    questions = _read_prompts() if _PROMPTS.value is not None else []
     run = load_trained(_WORKDIR.value, step=_STEP.value)
     given = _given(run)
-    database = _open_service(run, service) if (service := program.service()) else _open_database(run)
+    database = program.retriever(run)
     source = {
         "retriever": database,
         "neighbours": _K.value or run.config.data.neighbours,
@@ -75,61 +80,117 @@ def main() -> None:
         "mesh": run.mesh,
         "on_retrieval_failure": _ON_FAILURE.value,
     }
-    head = {
-        "run": _WORKDIR.value,
-        "step": run.step,
-        "retrieval": database is not None or bool(given),
-        "prompt": _PROMPT.value,
-    }
-    result = head | (
-        _score(run, database, source, given) if _SCORE.value else _sample(run, database, source, given, decoding)
-    )
-    if not head["retrieval"]:
+    result = {"run": _WORKDIR.value, "step": run.step, "retrieval": database is not None or bool(given)}
+    if _SCORE.value:
+        result |= {"prompt": _PROMPT.value, **_score(run, database, source, given)}
+    else:
+        sampling = Sampling(run, database, source, given, decoding)
+        if _PROMPT.value is not None:
+            result |= sampling.tell(_PROMPT.value)
+        elif questions:
+            result |= sampling.ask(questions)
+        else:
+            result["results"] = [sampling.tell(prompt) for prompt in _lines_of_input()]
+    if not result["retrieval"]:
         print("\nno retrieval (OFF)", file=sys.stderr)
     if _OUTPUT.value:
         write_json(_OUTPUT.value, result)
 
 
-def _sample(run: TrainedRun, database, source: dict[str, Any], given: dict, decoding: Decoding) -> dict[str, Any]:
-    """Generates and prints; a single continuation as it comes, several one below the other."""
-    sampler = Sampler(
-        run.config.model,
-        run.plan,
-        run.params,
-        vocab_size=run.tokenizer.vocab_size,
-        retrieval_step=_RETRIEVAL_STEP.value,
-        left_pad=_LEFT_PAD.value,
-        **source,
-    )
-    count = _SAMPLES.value
-    prompt = run.tokenizer.encode(_PROMPT.value)
-    streams = [TextStream(run.tokenizer, _STOP.value) for _ in range(count)]
-    texts, retrieved = [""] * count, [[] for _ in range(count)]
+class Sampling:
+    """One sampler for all prompts, and where it finds neighbours."""
 
-    def tell(index: int, piece: str) -> None:
-        texts[index] += piece
-        if count == 1:
-            print(piece, end="", flush=True)
+    def __init__(self, run: TrainedRun, database, source: dict[str, Any], given: dict, decoding: Decoding) -> None:
+        self._run, self._database, self._given, self._decoding = run, database, given, decoding
+        self._sampler = Sampler(
+            run.config.model,
+            run.plan,
+            run.params,
+            vocab_size=run.tokenizer.vocab_size,
+            retrieval_step=_RETRIEVAL_STEP.value,
+            left_pad=_LEFT_PAD.value,
+            **source,
+        )
 
-    if count == 1:
-        print(_PROMPT.value, end="", flush=True)
-    for index, sampled in sampler.generate_batch(
-        [Request(prompt, sample=number, given=given) for number in range(count)],
-        max_new_tokens=_TOKENS.value,
-        decoding=decoding,
-        stop=lambda index, _: streams[index].stopped,
-    ):
-        retrieved[index] += sampled.retrieved
-        tell(index, streams[index].push(sampled.token))
-    for index, stream in enumerate(streams):
-        tell(index, stream.close())
-    samples = []
-    for number, (text, chunks) in enumerate(zip(texts, retrieved, strict=True), start=1):
-        if count > 1:
-            print(f"\nsample {number}\n{_PROMPT.value}{text}", end="")
-        print()
-        samples.append({"continuation": text, **_show(chunks, database, run)})
-    return {**samples[0], "samples": samples}
+    def tell(self, prompt: str) -> dict[str, Any]:
+        """Continues one prompt and prints: a single continuation as it comes, several one below the other."""
+        single = _SAMPLES.value == 1
+        if single:
+            print(prompt, end="", flush=True)
+        (samples,) = self._continue([prompt], lambda piece: print(piece, end="", flush=True) if single else None)
+        for number, sample in enumerate(samples, start=1):
+            if not single:
+                print(f"\nsample {number}\n{prompt}{sample['continuation']}", end="")
+            print()
+            _show(sample)
+        sys.stdout.flush()
+        return {"prompt": prompt, **samples[0], "samples": samples}
+
+    def ask(self, questions: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Continues many prompts, some at a time, and counts continuations that begin with the answer they should."""
+        results, right, asked = [], 0, 0
+        for first in range(0, len(questions), _BATCH_SIZE.value):
+            some = questions[first : first + _BATCH_SIZE.value]
+            for question, samples in zip(some, self._continue([each["prompt"] for each in some]), strict=True):
+                for sample in samples:
+                    verdict = ""
+                    if "answer" in question:
+                        sample["right"] = begins_with(sample["continuation"], question["answer"])
+                        asked, right = asked + 1, right + sample["right"]
+                        verdict = f"  [{'right' if sample['right'] else 'wrong, ' + question['answer']}]"
+                    print(f"{question['prompt']}{sample['continuation']}{verdict}", flush=True)
+                results.append({**question, "samples": samples})
+        if asked:
+            print(f"\n{right} of {asked} answers are right ({right / asked:.1%})")
+        return {"results": results, "asked": asked, "right": right}
+
+    def _continue(
+        self, prompts: Sequence[str], tell: Callable[[str], None] = lambda piece: None
+    ) -> list[list[dict[str, Any]]]:
+        """The samples of each prompt: continuation, neighbours, failed retrievals. `tell` gets each piece of text."""
+        self._follow()
+        tokenizer, count = self._run.tokenizer, _SAMPLES.value
+        requests = [
+            Request(tokenizer.encode(prompt), sample=number, given=self._given)
+            for prompt in prompts
+            for number in range(count)
+        ]
+        streams = [TextStream(tokenizer, _STOP.value) for _ in requests]
+        texts, retrieved = [""] * len(requests), [[] for _ in requests]
+
+        def add(index: int, piece: str) -> None:
+            texts[index] += piece
+            tell(piece)
+
+        for index, sampled in self._sampler.generate_batch(
+            requests,
+            max_new_tokens=_TOKENS.value,
+            decoding=self._decoding,
+            stop=lambda index, _: streams[index].stopped,
+        ):
+            retrieved[index] += sampled.retrieved
+            add(index, streams[index].push(sampled.token))
+        for index, stream in enumerate(streams):
+            add(index, stream.close())
+        samples = [
+            {"continuation": text, **_found(chunks, self._database, self._run)}
+            for text, chunks in zip(texts, retrieved, strict=True)
+        ]
+        return [samples[first : first + count] for first in range(0, len(samples), count)]
+
+    def _follow(self) -> None:
+        """From here on neighbours come from what the database is now."""
+        if self._database is None:
+            return
+        try:
+            changed = self._database.refresh()
+        except (UserError, OSError):
+            if _ON_FAILURE.value == "error":
+                raise
+            return  # every chunk asks again, and tells why it has no neighbours
+        if changed:
+            self._run.check_tokenizer(self._database.tokenizer_fingerprint, "the changed database")
+            print("the database has changed", file=sys.stderr)
 
 
 def _score(run: TrainedRun, database, source: dict[str, Any], given: dict) -> dict[str, Any]:
@@ -148,17 +209,36 @@ def _score(run: TrainedRun, database, source: dict[str, Any], given: dict) -> di
             "\t".join([*(f"{values[place]:.4f}" for values in scores.values()), json.dumps(piece, ensure_ascii=False)])
         )
     print("\t".join([*(f"{sum(values):.4f}" for values in scores.values()), "all"]))
-    return {"tokens": pieces, "log_probabilities": scores, **_show(retrieved, database, run)}
+    found = _found(retrieved, database, run)
+    _show(found)
+    return {"tokens": pieces, "log_probabilities": scores, **found}
 
 
-def _open_service(run: TrainedRun, service: Service) -> "RetrievalClient":
-    if _DATABASE.value or _EMBEDDER.value:
-        raise UserError("--service goes without --database and --embedder: the service has them")
-    client = service.connect()
-    if not client.description.embeds:
-        raise UserError(f"{service.addresses} cannot embed what was generated: start it with --embedder")
-    run.check_tokenizer(client.description.tokenizer, service.addresses)
-    return client
+def _read_prompts() -> list[dict[str, Any]]:
+    questions = []
+    for number, line in enumerate(Path(_PROMPTS.value).read_bytes().splitlines(), start=1):
+        try:
+            question = json.loads(line)
+            for text in (question["prompt"], question.get("answer", "")):
+                text.encode()  # a string, and valid
+        except (ValueError, KeyError, TypeError, AttributeError):
+            expected = '{"prompt": "text", "answer": "text"}'
+            raise UserError(f"{_PROMPTS.value}:{number}: expected JSON as {expected}") from None
+        questions.append(question)
+    if not questions:
+        raise UserError(f"{_PROMPTS.value}: there is no prompt in it")
+    return questions
+
+
+def _lines_of_input() -> Iterator[str]:
+    """Lines of standard input that are not empty, as they come."""
+    for line in sys.stdin.buffer:
+        try:
+            prompt = line.decode().rstrip("\r\n")
+        except UnicodeDecodeError:
+            raise UserError("standard input is not UTF-8 text") from None
+        if prompt:
+            yield prompt
 
 
 def _given(run: TrainedRun) -> dict[int, list[list[int]]]:
@@ -174,27 +254,17 @@ def _given(run: TrainedRun) -> dict[int, list[list[int]]]:
     return {chunk: [run.tokenizer.encode(text)[:length] for text in neighbours] for chunk, neighbours in texts.items()}
 
 
-def _open_database(run: TrainedRun):
-    if not _DATABASE.value:
-        if _EMBEDDER.value:
-            raise UserError("--embedder is of use only with --database")
-        return None
-    if not _EMBEDDER.value:
-        raise UserError("sampling with --database needs --embedder, the one the database was embedded with")
-    from retro_jax.retrieval.database import Database
-    from retro_jax.retrieval.embedder import Embedder, EmbeddingSet
-
-    settings = EmbeddingSet(Path(_DATABASE.value) / "embeddings").manifest.settings["embedder"]
-    embedder = Embedder.load(_EMBEDDER.value, normalize=settings["normalize"], max_length=settings["max_length"])
-    database = Database.open(_DATABASE.value, embedder)
-    run.check_tokenizer(database.corpus.tokenizer_fingerprint, _DATABASE.value)
-    return database
+def _found(chunks: Sequence[RetrievedChunk], database, run: TrainedRun) -> dict[str, Any]:
+    """The neighbours of each chunk with their source, and why a chunk has none, for the JSON file."""
+    return {
+        "neighbours": [entry for chunk in chunks for entry in _describe(chunk, database, run)],
+        "failures": [{"chunk": chunk.chunk + 1, "reason": chunk.failure} for chunk in chunks if chunk.failure],
+    }
 
 
-def _show(chunks: list[RetrievedChunk], database, run: TrainedRun) -> dict[str, Any]:
-    """Prints the neighbours of each chunk with their source, and why a chunk has none; gives both for the JSON file."""
-    neighbours = [entry for chunk in chunks for entry in _describe(chunk, database, run)]
-    for entry in neighbours:
+def _show(found: dict[str, Any]) -> None:
+    """Prints what `_found` gives."""
+    for entry in found["neighbours"]:
         print(
             f"\nchunk {entry['chunk']}, neighbour {entry['rank']}, "
             + (
@@ -205,16 +275,15 @@ def _show(chunks: list[RetrievedChunk], database, run: TrainedRun) -> dict[str, 
             + f"\n  {json.dumps(entry['neighbour'], ensure_ascii=False)}"
             + f"\n  continues: {json.dumps(entry['continuation'], ensure_ascii=False)}"
         )
-    failures = [{"chunk": chunk.chunk + 1, "reason": chunk.failure} for chunk in chunks if chunk.failure]
-    for failure in failures:
+    for failure in found["failures"]:
         print(f"\nchunk {failure['chunk']} went on without neighbours (OFF): {failure['reason']}")
-    return {"neighbours": neighbours, "failures": failures}
 
 
 def _describe(chunk: RetrievedChunk, database, run: TrainedRun) -> list[dict[str, Any]]:
     length, pad = run.config.model.chunk_length, run.config.model.pad_id
     entries = []
-    documents = [("", "")] * len(chunk.ids) if database is None else database.documents(chunk.ids)
+    # Given neighbours are of no document, and a service that has failed must not be asked for those of none.
+    documents = database.documents(chunk.ids) if (chunk.ids >= 0).any() else [("", "")] * len(chunk.ids)
     for rank, (chunk_id, distance, tokens, (document, title)) in enumerate(
         zip(chunk.ids, chunk.distances, chunk.tokens, documents, strict=True), start=1
     ):

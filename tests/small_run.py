@@ -110,11 +110,12 @@ def write_random_neighbours(directory: Path, corpus: Corpus, database: Corpus, k
         stage.finish({"chunks": corpus.num_chunks})
 
 
-def program(name: str, *flags: str, devices: int = 1, **environment: str) -> subprocess.Popen:
+def program(name: str, *flags: str, devices: int = 1, stdin: int | None = None, **environment: str) -> subprocess.Popen:
     """Starts a program of launch/ or tools/ as a process of its own."""
     variables = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), **environment}
     return subprocess.Popen(
         [sys.executable, str(ROOT / name), *flags],
+        stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -37,6 +37,7 @@ _REORDER = flags.DEFINE_integer("reorder", None, "candidates rescored; default: 
 _RESCORE = flags.DEFINE_enum("rescore", None, RESCORINGS, "what candidates are rescored in; bfloat16: half the memory")
 _DIMENSIONS = flags.DEFINE_integer("dimensions_per_block", None, "components that share a 4-bit code; default: by rule")
 _SPILL = flags.DEFINE_float("spill", None, "weight of a second leaf for every vector (SOAR), 0: none; default: by rule")
+_LEAF_ETA = flags.DEFINE_float("leaf_eta", None, "anisotropy of the leaves' centres, 0: none; default: by rule")
 define_beam_flags()
 
 

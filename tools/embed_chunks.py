@@ -13,7 +13,7 @@ from absl import flags
 from retro_jax.data.corpus import Corpus
 from retro_jax.parallel import hosts
 from retro_jax.program import define_cluster_flags, run, start_cluster
-from retro_jax.retrieval.embedder import Embedder, embed_corpus
+from retro_jax.retrieval.embedder import COMPUTE_DTYPES, Embedder, embed_corpus
 
 _CORPUS = flags.DEFINE_string("corpus", None, "corpus directory", required=True)
 _EMBEDDER = flags.DEFINE_string(
@@ -24,15 +24,21 @@ _NORMALIZE = flags.DEFINE_bool(
     "normalize", False, "scale vectors to length 1, for checkpoints trained with cosine similarity (the paper does not)"
 )
 _MAX_LENGTH = flags.DEFINE_integer("max_length", 256, "word pieces read of a chunk at most, with [CLS] and [SEP]")
-
-
+_COMPUTE_DTYPE = flags.DEFINE_enum(
+    "compute_dtype", "float32", COMPUTE_DTYPES, "type of the products; bfloat16 is quicker where the hardware has it"
+)
 define_cluster_flags()
 
 
 def main() -> None:
     start_cluster()
     corpus = Corpus(_CORPUS.value)
-    embedder = Embedder.load(_EMBEDDER.value, normalize=_NORMALIZE.value, max_length=_MAX_LENGTH.value)
+    embedder = Embedder.load(
+        _EMBEDDER.value,
+        normalize=_NORMALIZE.value,
+        max_length=_MAX_LENGTH.value,
+        compute_dtype=_COMPUTE_DTYPE.value,
+    )
     counts = embed_corpus(corpus, embedder, _OUTPUT.value).counts
     if not hosts.is_primary():
         return

@@ -48,7 +48,7 @@ def main() -> None:
     asked[np.random.default_rng(_SEED.value + 1).choice(len(rows), _QUERIES.value, replace=False)] = True
     unit = bool(embeddings.manifest.settings["embedder"].get("normalize"))
     tuner = Tuner(rows[~asked], rows[asked], unit=unit, k=_K.value, goal=_RECALL.value, seconds=_SECONDS.value)
-    with Progress("tuning", total=8 if unit else 6, unit="builds") as progress:
+    with Progress("tuning", total=10 if unit else 6, unit="builds") as progress:
         for trial in tuner.tune():
             progress.update(1)
             print(_line(trial))
@@ -67,7 +67,8 @@ def _line(trial) -> str:
     made = trial.settings
     return (
         f"{made.num_leaves} leaves, {made.leaves_to_search} searched, {made.reorder} rescored in {made.rescore}, "
-        f"{made.dimensions_per_block} components a code, spill {made.spill:g}: recall {trial.recall:.4f}, "
+        f"{made.dimensions_per_block} components a code, spill {made.spill:g}, eta {made.leaf_eta:g}: "
+        f"recall {trial.recall:.4f}, "
         f"{trial.queries_per_second:,.0f} queries/s, {trial.memory_bytes:.0f} bytes a vector, built in "
         f"{trial.build_seconds:.1f} s"
     )

@@ -49,7 +49,12 @@ def add() -> None:
 
     before = DatabaseCorpus(_DATABASE.value)
     made = EmbeddingSet(Path(_DATABASE.value) / "embeddings").manifest.settings["embedder"]
-    embedder = Embedder.load(_EMBEDDER.value, normalize=made["normalize"], max_length=made["max_length"])
+    embedder = Embedder.load(
+        _EMBEDDER.value,
+        normalize=made["normalize"],
+        max_length=made["max_length"],
+        compute_dtype=made["compute_dtype"],
+    )
     after = add_documents(
         _DATABASE.value,
         expand_inputs(_INPUT.value),

@@ -284,7 +284,10 @@ def _failure(note: Path) -> dict[str, Any] | None:
         content = note.read_bytes().strip()
     except FileNotFoundError:  # the run is over
         return {}
-    return json.loads(content) if content else None
+    try:
+        return json.loads(content) if content else None
+    except ValueError:  # read while it is written
+        return {}
 
 
 def _raise_failure(note: Path) -> None:

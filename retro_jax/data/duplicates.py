@@ -140,7 +140,9 @@ def write_shingles(writer: ShardWriter, arguments: dict[str, Any]) -> None:
 def write_removed(writer: ShardWriter, arguments: dict[str, Any]) -> None:
     """Unit of work: which documents of one training file are to be removed, and why."""
     exact, n, threshold = arguments["mode"] == "exact", arguments["n"], arguments["threshold"]
-    evaluation = _Evaluation.opened(str(writer.directory), tuple(map(tuple, arguments["parts"])))
+    table = (writer.directory / _TABLE[0]).stat()
+    parts = tuple(map(tuple, arguments["parts"]))
+    evaluation = _Evaluation.opened(str(writer.directory), parts, (table.st_ino, table.st_mtime_ns))
     titles = set(json.loads((writer.directory / "titles.json").read_text()))
     totals = dict.fromkeys(TOTALS, 0)
     with writer.shard(arguments["shard"]) as (path, counts):
@@ -201,7 +203,8 @@ class _Evaluation:
 
     @staticmethod
     @functools.lru_cache(1)
-    def opened(directory: str, parts: tuple[tuple[str, ...], ...]) -> "_Evaluation":
+    def opened(directory: str, parts: tuple[tuple[str, ...], ...], written: tuple[int, int]) -> "_Evaluation":
+        """Opened once in a process for the table that was `written` so: a later run may use the directory again."""
         return _Evaluation(directory, parts)
 
     def nearest(self, found: np.ndarray, exact: bool) -> tuple[int, float]:

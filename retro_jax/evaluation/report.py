@@ -1,6 +1,7 @@
 """One HTML page of a run: what was measured, loss curves, the bits-per-byte tables, a sample with its neighbours.
 
-The page is a single file without scripts; plots are inline SVG, so it can be mailed and opened anywhere.
+The page is a single file without scripts; plots are inline SVG, so it can be mailed and opened anywhere. It may link to
+the explorer's page beside it.
 """
 
 import html
@@ -68,6 +69,7 @@ def render(
     evaluations: Sequence[tuple[str, str, Sequence[dict[str, Any]]]],
     samples: Sequence[dict[str, Any]],
     stages: Sequence[tuple[str, float]],
+    explorer: tuple[str, str] | None = None,
 ) -> str:
     """The page as HTML.
 
@@ -78,6 +80,7 @@ def render(
       evaluations: (heading, explanation, results of launch/evaluate.py).
       samples: outputs of launch/sample.py.
       stages: (stage, seconds), in order.
+      explorer: (relative address, explanation) of the page of launch/explore.py.
     """
     parts = [
         f"<h1>{_text(title)}</h1><p class=lead>{_text(introduction)}</p>",
@@ -93,6 +96,9 @@ def render(
     parts.append(f"<h2>Training</h2><figure>{loss_plot(curves)}</figure>")
     parts.append("<h2>A sample, and what it read</h2>")
     parts += [_sample(sample) for sample in samples]
+    if explorer:
+        address, explanation = explorer
+        parts.append(f"<p><a href='{_text(address)}'>{_text(explanation)}</a></p>")
     parts.append("<h2>Stages</h2>" + _stages_table(stages))
     return _PAGE.read_text(encoding="utf-8").replace("$TITLE", _text(title)).replace("$BODY", "\n".join(parts))
 

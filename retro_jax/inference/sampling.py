@@ -120,6 +120,7 @@ class Sampler:
         stop_at_end: bool = True,
         stop: Callable[[int, SampledToken], bool] = lambda row, token: False,
         burst: int | None = None,
+        retrieve: bool = True,
     ) -> Iterator[tuple[int, SampledToken]]:
         """Yields (index of the request, token), in the order in which they come.
 
@@ -130,11 +131,12 @@ class Sampler:
           stop_at_end: a text ends when the model ends the document (the end token is not yielded).
           stop: asked after each token that was yielded; True ends its text.
           burst: tokens of a text that come at once, at most; M by default. Fewer come sooner and cost more.
+          retrieve: False samples RETRO[OFF], whatever the retriever.
 
         Raises:
           UserError: neighbours given that do not fit, or any to a baseline; what the retriever raises.
         """
-        retrieving = self._retriever is not None or any(request.given for request in requests)
+        retrieving = retrieve and (self._retriever is not None or any(request.given for request in requests))
         if retrieving and self._config.is_baseline:
             raise UserError("this model is a baseline without chunked cross-attention; it takes no neighbours")
         source = Source(self._config, self._retriever, self._k, self._on_failure)

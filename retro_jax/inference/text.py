@@ -68,3 +68,9 @@ def _overlap(text: str, string: str) -> int:
         (size for size in range(min(len(text), len(string) - 1), 0, -1) if text.endswith(string[:size])),
         0,
     )
+
+
+def begins_with(text: str, answer: str) -> bool:
+    """Whether a continuation gives this answer: it comes first, white space aside, and no letter or digit goes on."""
+    text = text.lstrip()
+    return text.startswith(answer) and not text[len(answer) : len(answer) + 1].isalnum()

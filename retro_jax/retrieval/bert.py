@@ -88,14 +88,24 @@ class LayerNorm(nnx.Module):
 
 
 class Dense(nnx.Module):
-    """Affine map of the last axis; `layers` copies are stacked in front."""
+    """Affine map of the last axis; `layers` copies are stacked in front.
+
+    Products are of the kernel's type, which may be made bfloat16, with sums in float32.
+    """
 
     def __init__(self, layers: int, inputs: int, outputs: int, rngs: nnx.Rngs) -> None:
         self.kernel = nnx.Param(0.02 * rngs.params.normal((layers, inputs, outputs)))
         self.bias = nnx.Param(jnp.zeros((layers, outputs)))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return jnp.einsum("...e,ef->...f", x, self.kernel[...], precision=_PRECISION) + self.bias[...]
+        kernel = self.kernel[...]
+        return _product("...e,ef->...f", x, kernel, kernel.dtype) + self.bias[...]
+
+
+def _product(equation: str, x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """An einsum of operands in `dtype`, summed in float32."""
+    operands = (x.astype(dtype), y.astype(dtype))
+    return jnp.einsum(equation, *operands, precision=_PRECISION, preferred_element_type=jnp.float32)
 
 
 class BertLayers(nnx.Module):
@@ -118,10 +128,11 @@ class BertLayers(nnx.Module):
         """One block on x [B, T, E]; `key_bias` [B, 1, 1, T] is added to the attention logits."""
         b, t, width = x.shape
         heads = self.config.num_attention_heads
+        dtype = self.query_key_value.kernel[...].dtype
         q, k, v = jnp.moveaxis(self.query_key_value(x).reshape(b, t, 3, heads, width // heads), 2, 0)
-        logits = jnp.einsum("btnh,bsnh->bnts", q * (width // heads) ** -0.5, k, precision=_PRECISION)
+        logits = _product("btnh,bsnh->bnts", q * (width // heads) ** -0.5, k, dtype)
         weights = jax.nn.softmax(logits + key_bias, axis=-1)
-        mixed = jnp.einsum("bnts,bsnh->btnh", weights, v, precision=_PRECISION).reshape(b, t, width)
+        mixed = _product("bnts,bsnh->btnh", weights, v, dtype).reshape(b, t, width)
         x = self.attention_norm(x + self.attention_output(mixed))
         inner = ACTIVATIONS[self.config.hidden_act](self.feed_forward_in(x))
         return self.output_norm(x + self.feed_forward_out(inner))

@@ -12,7 +12,7 @@ from retro_jax.data.stage import fingerprint
 from retro_jax.errors import UserError
 from retro_jax.retrieval.excluding import search_excluding
 from retro_jax.retrieval.index import Index, merge
-from retro_jax.retrieval.segments import ADDITIONS, DatabaseCorpus, Segments
+from retro_jax.retrieval.segments import ADDITIONS, DatabaseCorpus
 
 if TYPE_CHECKING:  # the embedder brings JAX, and a server that only searches needs none
     from retro_jax.retrieval.embedder import Embedder
@@ -36,7 +36,7 @@ class Neighbours:
 class Database:
     """A directory with corpus/ and index/ in it, and additions, opened by `Database.open`.
 
-    It stays as it was opened; `is_current` tells whether it has been changed since, and then it is opened again.
+    It stays as it was opened; `retrieval/live.py: LiveDatabase` follows what is added and removed.
 
     Attributes:
       corpus: `DatabaseCorpus`, the chunks of all its parts.
@@ -120,10 +120,6 @@ class Database:
         if index_shards is not None and (wrong := [number for number in index_shards if not 0 <= number < first]):
             raise UserError(f"{directory} has index shards 0 to {first - 1}, not {wrong[0]}")
         return cls(corpus, indexes, embedder)
-
-    def is_current(self) -> bool:
-        """Whether nothing was added or removed since it was opened."""
-        return Segments.load(self.corpus.directory).version == self.corpus.segments.version
 
     def search(
         self, vectors: np.ndarray, k: int, exclude_keys: np.ndarray | None = None

@@ -7,16 +7,17 @@ The rules, in one place (n: vectors of a shard, d: their components):
 | shards | as few as hold the vectors when building one may take `BUILD_MEMORY` bytes |
 | kind | brute force up to 20,000 vectors, a tree of product codes above |
 | score | inner product where all vectors have length 1 (the same order, and better codes), else squared L2 |
-| leaves | 2 sqrt(n) with the inner product, sqrt(n) with L2 |
+| leaves | 1.4 sqrt(n) with the inner product, sqrt(n) with L2 |
+| centres of leaves | with the inner product by the anisotropic loss, eta 4 |
 | second leaves | with the inner product every vector is in two leaves (SOAR, weight 1) |
 | components a code | 2; as many more as keep a vector at 256 codes, above which ScaNN is slow |
 | leaves searched | measured at the build: as few as reach the recall that is asked for |
 | rescored | 24 candidates, or 48, 96, ... where that does not reach it; 4k at a search of k when that is more |
 | rescored in | bfloat16 with the inner product (half the memory), float32 with L2 |
 
-Measured on 94,000 chunks of text, 384 components of length 1, one core of a machine that others used too, recall@2 of
-0.951 to 0.954: 17,000 queries a second at best in one leaf, float32 and sqrt(n) leaves; in two leaves and bfloat16
-18,000 with 1.3 sqrt(n) leaves and 21,000 with 2 sqrt(n). tools/tune_index.py measures it for a database and a machine.
+Measured on 98,000 chunks of text, 384 components of length 1, CPU time of one core, recall@2 of 0.952 to 0.957: 46
+microseconds a query with 2 sqrt(n) leaves learnt by k-means alone, 41 with 1.3 sqrt(n) and eta 4, 41.5 with 1.6 sqrt(n)
+and eta 8. tools/tune_index.py measures it for a database and a machine.
 """
 
 import dataclasses
@@ -33,6 +34,8 @@ KINDS = ("auto", "brute_force", "tree")
 SCORES = ("dot_product", "squared_l2")
 RESCORINGS = ("float32", "bfloat16")
 _MIN_TREE_VECTORS = 64  # fewer cannot train 16 codes a block and leaves
+_LEAVES = 1.4
+_LEAF_ETA = 4.0
 _MOST_CODES = 256  # of a vector, for ScaNN's quick path
 
 
@@ -49,6 +52,8 @@ class IndexSettings:
       rescore: "float32", or "bfloat16", which halves the memory and rounds the distances (to 1e-3 of length 1).
       dimensions_per_block: components that share a 4-bit code.
       spill: weight with which every vector is put into a second leaf (SOAR); 0 for one leaf. Needs the dot product.
+      leaf_eta: how much more the part of an error along the vector counts than the rest when the centres of the leaves
+        are computed (anisotropic loss, Guo et al. 2020, section 3); 0 for k-means alone. Needs the dot product.
       training_sample: vectors that leaves and codes are learnt from.
     """
 
@@ -60,6 +65,7 @@ class IndexSettings:
     rescore: str | None = None
     dimensions_per_block: int | None = None
     spill: float | None = None
+    leaf_eta: float | None = None
     training_sample: int = 100_000
 
     @classmethod
@@ -94,12 +100,14 @@ class IndexSettings:
             kind = "brute_force" if n <= BRUTE_FORCE_LIMIT else "tree"
         if kind == "brute_force":
             # Rescored, because a batch's distances cancel; see scann_shard.py.
-            return IndexSettings(kind, "squared_l2", reorder=self.reorder or 128, rescore="float32", spill=0.0)
+            return IndexSettings(
+                kind, "squared_l2", reorder=self.reorder or 128, rescore="float32", spill=0.0, leaf_eta=0.0
+            )
         if n < _MIN_TREE_VECTORS:
             raise UserError(f"a tree needs at least {_MIN_TREE_VECTORS} vectors, there are {n}; use kind brute_force")
         score = self.score or ("dot_product" if unit else "squared_l2")
         inner = score == "dot_product"
-        num_leaves = self.num_leaves or round((2 if inner else 1) * math.sqrt(n))
+        num_leaves = self.num_leaves or round((_LEAVES if inner else 1) * math.sqrt(n))
         if num_leaves > n // 2:
             raise UserError(f"num_leaves {num_leaves} is too many for {n} vectors; at most {n // 2}")
         return dataclasses.replace(
@@ -112,6 +120,7 @@ class IndexSettings:
             rescore=self.rescore or ("bfloat16" if inner else "float32"),
             dimensions_per_block=min(dimension, self.dimensions_per_block or max(2, -(-dimension // _MOST_CODES))),
             spill=float(inner) if self.spill is None else self.spill,
+            leaf_eta=_LEAF_ETA * inner if self.leaf_eta is None else self.leaf_eta,
             training_sample=min(self.training_sample, n),
         )
 
@@ -129,10 +138,12 @@ class IndexSettings:
                 raise UserError(f"{name} must be at least 1, is {value}")
         if self.score == "dot_product" and not unit:
             raise UserError("score dot_product needs vectors of length 1: embed with --normalize, or use squared_l2")
-        if self.spill is not None and self.spill < 0:
-            raise UserError(f"spill must not be negative, is {self.spill}")
-        if self.spill and (self.score or ("dot_product" if unit else "squared_l2")) != "dot_product":
-            raise UserError("spill needs score dot_product, so vectors of length 1: embed with --normalize")
+        for name in ("spill", "leaf_eta"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise UserError(f"{name} must not be negative, is {value}")
+            if value and (self.score or ("dot_product" if unit else "squared_l2")) != "dot_product":
+                raise UserError(f"{name} needs score dot_product, so vectors of length 1: embed with --normalize")
 
     def memory_bytes(self, dimension: int) -> float:
         """Bytes a vector takes in a server that has loaded a resolved index: codes, rescoring, leaf and chunk id."""

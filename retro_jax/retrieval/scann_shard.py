@@ -62,6 +62,7 @@ class ScannShard:
             settings.leaves_to_search or settings.num_leaves,
             training_sample_size=settings.training_sample,
             soar_lambda=settings.spill or None,
+            avq=settings.leaf_eta or None,
         )
         # The anisotropic loss favours large inner products; under L2 it costs recall, NaN switches it off.
         builder = builder.score_ah(

@@ -9,12 +9,14 @@ Chunk ids of an addition go on after those before it. `segments.json` is replace
 that counts up, so a reader that finds a higher one opens the database again. `DatabaseCorpus` reads the chunks of all.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -103,6 +105,20 @@ class Segments:
             if file.name not in (name, self.removed_file):  # somebody may just have read the version before
                 file.unlink(missing_ok=True)
         return Segments(version, tuple(additions), name, sha256, removed)
+
+
+def signature(directory: str | os.PathLike) -> tuple[Any, ...]:
+    """Something that changes when a directory, or a link to one, holds another version; cheap enough for every second.
+
+    The first part is the directory itself, links resolved.
+    """
+    resolved = Path(directory).resolve()
+    marks: list[Any] = [resolved]
+    for name in ("corpus/manifest.json", "index/manifest.json", "segments.json"):
+        with contextlib.suppress(OSError):
+            status = (resolved / name).stat()
+            marks.append((name, status.st_ino, status.st_mtime_ns, status.st_size))
+    return tuple(marks)
 
 
 def merge_ranges(ranges: np.ndarray) -> np.ndarray:

@@ -19,6 +19,7 @@ BATCH = 1024
 DEPTHS = (12, 16, 24, 32, 48, 64, 96, 128)  # candidates rescored, for each neighbour from 2 on as many times
 LEAVES = (0.5, 2.0)  # times the rule's
 SPILLS = (0.0, 1.5)
+ETAS = (0.0, 8.0)
 DIMENSIONS = (3, 4)
 _GROWTH = 1.12
 
@@ -91,6 +92,7 @@ class Tuner:
         variations = [{"num_leaves": round(rules.num_leaves * factor)} for factor in LEAVES]
         if rules.score == "dot_product":
             variations += [{"spill": value} for value in SPILLS]
+            variations += [{"leaf_eta": value} for value in ETAS]
         variations += [{"dimensions_per_block": value} for value in DIMENSIONS]
         variations += [{"rescore": "float32" if rules.rescore == "bfloat16" else "bfloat16"}]
         for variation in variations:

@@ -1,4 +1,4 @@
-"""AdamW as the paper trains: linear warm-up, one cosine cycle, decay of matrices only, clipped gradients."""
+"""AdamW as the paper trains: linear warm-up, one cosine cycle, decay of matrices only; clipping of gradients."""
 
 import functools
 from typing import Any
@@ -42,11 +42,14 @@ def decay_mask(axes: Any) -> Any:
     return jax.tree.map(decays, axes, is_leaf=lambda node: isinstance(node, tuple))
 
 
+def clip_factor(config: OptimizerConfig, norm: jax.Array) -> jax.Array:
+    """What gradients of this global norm are multiplied by, so that it is at most `clip_norm` (0: no limit)."""
+    return jnp.minimum(1.0, config.clip_norm / norm) if config.clip_norm > 0 else jnp.ones_like(norm)
+
+
 def create_optimizer(config: OptimizerConfig, steps: int, axes: Any) -> optax.GradientTransformation:
-    """The gradient transformation of a run; `axes` as in `decay_mask`."""
-    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm > 0 else []
+    """The gradient transformation of a run, for gradients that are clipped already; `axes` as in `decay_mask`."""
     return optax.chain(
-        *clip,
         _adam(config),
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask(axes)),
         optax.scale_by_learning_rate(learning_rate(config, steps)),

@@ -1,6 +1,7 @@
 """One optimizer step, jitted, with the state donated."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from retro_jax.config import TrainConfig
 from retro_jax.parallel import rules
 from retro_jax.training.health import judge
 from retro_jax.training.loss import label_weights, token_nats
+from retro_jax.training.optimizer import clip_factor
 from retro_jax.training.state import ModelPlan, TrainState, plan_state
 
 Batch = dict[str, jax.Array]
@@ -75,15 +77,22 @@ def make_train_step(
             none = jax.lax.with_sharding_constraint(none, shardings)
             (total, count, gradients), _ = jax.lax.scan(add, (zero, zero, none), parts)
         count = jnp.maximum(count, 1.0)
-        loss, gradients = total / count, jax.tree.map(lambda gradient: gradient / count, gradients)
-        norm = optax.global_norm(gradients)
-        trained, frozen = plan.split(state.params)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
-        params = optax.apply_updates(trained, updates)
+        loss, norm = total / count, optax.global_norm(gradients) / count
         bad, health = judge(state.health, loss, norm, config.stability)
-        params, opt_state = jax.tree.map(
-            lambda old, new: jnp.where(bad, old, new), (trained, state.opt_state), (params, opt_state)
-        )
+        factor = clip_factor(config.optimizer, norm) / count
+
+        trained, frozen = plan.split(state.params)
+
+        # A branch, and not a choice number by number, for which XLA would keep parameters and moments twice.
+        def update(gradients: nnx.State, opt_state: Any, params: nnx.State) -> tuple[nnx.State, Any]:
+            gradients = jax.tree.map(lambda gradient: gradient * factor, gradients)
+            updates, opt_state = optimizer.update(gradients, opt_state, params)
+            return optax.apply_updates(params, updates), opt_state
+
+        def keep(gradients: nnx.State, opt_state: Any, params: nnx.State) -> tuple[nnx.State, Any]:
+            return params, opt_state
+
+        params, opt_state = jax.lax.cond(bad, keep, update, gradients, state.opt_state, trained)
         metrics = {
             "loss": loss,
             "tokens": count,

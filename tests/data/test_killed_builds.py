@@ -17,7 +17,16 @@ from sample_data import SAMPLE, write_jsonl
 
 from retro_jax.data.text import read_documents
 
-LAST_OF_A_UNIT = ("chunks-", "digests-", "evaluation-names-", "removed-", "sequences-")
+LAST_OF_A_UNIT = (
+    "chunks-",
+    "digests-",
+    "evaluation-names-",
+    "removed-",
+    "embeddings-",
+    "shard.json",
+    "neighbours-",
+    "sequences-",
+)
 PROGRAM = Path(__file__).with_name("build_all.py")
 
 
@@ -100,6 +109,7 @@ def test_killed_builds_end_with_the_same_bytes(prepared, tmp_path, workers, kill
             round_, done = round_ + 1, done + 1
         else:
             killed += 1
+            print("killed in", sorted(path.name for path in output.iterdir())[-1] if output.exists() else "nothing")
             assert process.returncode == -signal.SIGKILL or "worker process was killed" in stderr, stderr
     process = start(root, output, workers)
     _, stderr = process.communicate(timeout=60)

@@ -158,6 +158,25 @@ def test_once_warm_nothing_is_compiled_again(on):
     assert on.compiled() == before
 
 
+def test_the_host_is_asked_once_a_chunk(on, monkeypatch):
+    trips, fetch = [], jax.device_get
+    monkeypatch.setattr(jax, "device_get", lambda values: trips.append(values) or fetch(values))
+    result = list(on.generate(prompt(2 * M), max_new_tokens=3 * M, decoding=GREEDY, stop_at_end=False))
+    # The first token, which needs the neighbours of the chunk before it, comes by itself.
+    assert len(result) == 3 * M and len(trips) == 1 + 3
+
+
+def test_the_penalty_keeps_a_text_from_repeating_what_it_has(on):
+    usual = batch(on, LENGTHS, 2 * M)
+    penalised = batch(on, LENGTHS, 2 * M, Decoding(temperature=0, repetition_penalty=1e6))
+    texts = {length: [entry.token for entry in result] for length, result in usual.items()}
+    assert any(len(set(text)) < len(text) for text in texts.values())
+    for length, result in penalised.items():
+        text = [*prompt(length), *(entry.token for entry in result)]
+        fresh = text[length - 1 :]
+        assert len(set(fresh)) == len(fresh) and not set(fresh) & set(text[: length - 1])
+
+
 def test_several_samples_of_one_prompt_differ_and_repeat(on, retriever):
     start = prompt(2 * M + 1)
 

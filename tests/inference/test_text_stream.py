@@ -6,7 +6,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from retro_jax.errors import UserError
-from retro_jax.inference.text import TextStream
+from retro_jax.inference.text import TextStream, begins_with
 
 
 class Bytes:
@@ -53,3 +53,11 @@ def test_what_cannot_belong_to_a_stop_string_is_told_at_once():
 def test_an_empty_stop_string_is_refused():
     with pytest.raises(UserError, match="empty"):
         TextStream(Bytes(), [""])
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [(" Oslo.", True), ("\nOslo", True), ("Oslo, as", True), ("Oslos", False), ("Oslo7", False), (" in Oslo", False)],
+)
+def test_an_answer_comes_first_and_whole(text, right):
+    assert begins_with(text, "Oslo") == right

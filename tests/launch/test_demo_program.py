@@ -27,9 +27,11 @@ def test_the_demo_goes_from_text_to_a_report_and_on_after_a_kill(tmp_path):
     assert status == 0, stderr
     assert stdout.count("shuffled") == 2 and f"The report: {work / 'report.html'}" in stdout
     page = (work / "report.html").read_text()
+    assert str(work / "explorer.html") in stdout and "<a href='explorer.html'>" in page
+    assert '"chunks":[' in (work / "explorer.html").read_text()
     for mode in ("revised", "new"):
         for result in json.loads((work / f"bpb_{mode}.json").read_text())["results"]:
             assert f"{result['bits_per_byte']:.4f}" in page and f"{result['bits_per_byte']:.4f}" in stdout
     stages = [record["stage"] for record in json.loads((work / "stages.json").read_text())]
-    assert stages[0] == "documents" and stages[-1] == "sample without retrieval" and len(stages) == 21
+    assert stages[0] == "documents" and stages[-1] == "explorer's page" and len(stages) == 22
     assert json.loads((work / "sample_on.json").read_text())["neighbours"]

@@ -3,24 +3,11 @@
 import json
 
 import pytest
-from small_run import K, M, error_line, program, run_program
+from serving import serving
+from small_run import K, M, error_line, run_program
 from tiny_bert import write_tiny_bert
 
 from retro_jax.data.corpus import Corpus
-from retro_jax.retrieval.embedder import Embedder, embed_corpus
-from retro_jax.retrieval.index_build import build_index
-
-
-@pytest.fixture(scope="module")
-def database(small_data, tmp_path_factory):
-    """The small database made searchable with a random BERT; gives (database, embedder)."""
-    bert = write_tiny_bert(tmp_path_factory.mktemp("bert"))
-    embedder = Embedder.load(bert, normalize=False, max_length=32)
-    embed_corpus(Corpus(small_data.database / "corpus"), embedder, small_data.database / "embeddings")
-    from retro_jax.retrieval.embedder import EmbeddingSet
-
-    build_index(EmbeddingSet(small_data.database / "embeddings"), small_data.database / "index")
-    return small_data.database, bert
 
 
 def test_a_sample_shows_the_neighbours_of_each_complete_chunk(database, finished_run, tmp_path):
@@ -54,25 +41,13 @@ def test_a_sample_shows_the_neighbours_of_each_complete_chunk(database, finished
 
 def test_through_the_service_the_sample_is_the_same(database, finished_run):
     directory, bert = database
-    server = program(
-        "launch/serve_retrieval.py", f"--database={directory}", f"--embedder={bert}", "--port=0", "--reload_seconds=0"
-    )
-    try:
-        address = None
-        for line in server.stderr:
-            event = json.loads(line) if line.startswith("{") else {}
-            address = event.get("address", address)
-            if event.get("event") == "ready":
-                break
+    with serving(f"--database={directory}", f"--embedder={bert}", "--reload_seconds=0") as (address, _):
         flags = [f"--workdir={finished_run}", "--prompt=A prompt with plenty of words, so that chunks are complete"]
         flags += ["--max_new_tokens=10", "--seed=3"]
         status, stdout, stderr = run_program("launch/sample.py", *flags, f"--service={address}")
         assert status == 0, stderr
         local = run_program("launch/sample.py", *flags, f"--database={directory}", f"--embedder={bert}")
         assert stdout == local[1] and "neighbour 2" in stdout
-    finally:
-        server.kill()
-        server.communicate()
 
 
 def test_without_a_database_it_runs_off_and_says_so(finished_run):
@@ -130,11 +105,18 @@ def test_mistakes_are_named_in_one_line(database, finished_run, finished_baselin
     def mistake(*flags, workdir=finished_run):
         return error_line("launch/sample.py", f"--workdir={workdir}", "--prompt=x", *flags)
 
-    assert "needs --embedder" in mistake(f"--database={directory}")
+    assert "need --embedder" in mistake(f"--database={directory}")
     assert "goes without --database" in mistake(f"--database={directory}", "--service=127.0.0.1:1")
     assert "127.0.0.1:1: UNAVAILABLE" in mistake("--service=127.0.0.1:1")
     assert "top_p 0.0 must be above 0" in mistake("--top_p=0")
     assert "stop string must not be empty" in mistake("--stop=")
+    assert "give one of --prompt, --prompts and --interactive" in mistake("--interactive")
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "x", "answer": "y"}\n{"prompt": 1}\n')
+    workdir = f"--workdir={finished_run}"
+    assert "bad.jsonl:2: expected JSON as" in error_line(
+        "launch/sample.py", workdir, f"--prompts={tmp_path / 'bad.jsonl'}"
+    )
+    assert "--score goes with --prompt" in error_line("launch/sample.py", workdir, "--score", "--interactive")
     (tmp_path / "list.json").write_text("[1]")
     assert "expected JSON as" in mistake(f"--neighbours={tmp_path / 'list.json'}")
     assert "no such directory" in mistake(f"--database={tmp_path / 'nowhere'}", f"--embedder={bert}")

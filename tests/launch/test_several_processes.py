@@ -215,6 +215,7 @@ def free_slurm_job():
                 continue
 
 
+@pytest.mark.slow  # it goes on in two and in one below
 def test_a_run_that_lost_its_coordinator_goes_on_in_four_processes(small_data, alone, interrupted, tmp_path):
     workdir = shutil.copytree(interrupted, tmp_path / "run")
     ends = succeeded(start(4, TRAIN, *flags(small_data, workdir), *WHOLE))
@@ -245,6 +246,7 @@ def test_each_example_is_trained_on_once_by_one_process_whatever_their_number(sm
     assert sorted(counted) == expected
 
 
+@pytest.mark.slow  # one process, killed, is held to the same bits in test_train_program.py
 def test_a_run_killed_and_started_again_in_two_processes_has_the_same_bits(small_data, two, tmp_path):
     workdir = tmp_path / "run"
     processes = start(2, TRAIN, *flags(small_data, workdir), devices=2)

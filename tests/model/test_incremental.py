@@ -134,8 +134,9 @@ def test_decoders_of_other_models_too_with_a_row_that_begins_later(name):
     np.testing.assert_allclose(found[1, 3:], expected[1, 3:], atol=1e-10)
 
 
-def test_rows_that_begin_later_are_as_if_by_themselves():
-    programs = fed("transformer_xl", 2)
+@pytest.mark.parametrize("positions", ["transformer_xl", "rope"])
+def test_rows_that_begin_later_are_as_if_by_themselves(positions):
+    programs = fed(positions, 2)
     tokens, neighbours = inputs(programs.config, length=SLOTS - 1, k=2)
     for first in (M, 3):  # on the grid of chunks, and between
         late, near = tokens.copy(), neighbours.copy()

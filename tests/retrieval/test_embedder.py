@@ -38,6 +38,16 @@ def test_padding_and_company_change_nothing(minilm, embedder_directory):
     assert np.abs(padded.embed([texts[4], "", texts[0]]).vectors[[2, 0]] - together[[0, 4]]).max() < 1e-5
 
 
+def test_bfloat16_products_give_comparable_vectors(minilm, embedder_directory):
+    texts = json.loads((DATA / "minilm_texts.json").read_text())
+    quick = Embedder.load(embedder_directory, normalize=False, compute_dtype="bfloat16", lengths=(256,))
+    assert quick.fingerprint == minilm.fingerprint
+    assert quick.settings != minilm.settings  # so that one data set is not made of both
+    ours, exact = quick.embed(texts).vectors, minilm.embed(texts).vectors
+    cosine = (ours * exact).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(exact, axis=1)
+    assert 0.9999 < cosine.min() < cosine.max() < 1 - 1e-7
+
+
 def test_meaning_is_near(minilm):
     a, b, c = minilm.embed(
         ["A cat sits on the mat.", "A kitten rests on a rug.", "Interest rates rose in May."]
@@ -74,6 +84,8 @@ def test_settings_that_do_not_fit_the_checkpoint_are_refused(tmp_path):
     directory = tiny_bert.write_tiny_bert(tmp_path)
     with pytest.raises(UserError, match="max_length must be 3 to 96"):
         Embedder.load(directory, normalize=False, max_length=97)
+    with pytest.raises(UserError, match="'float16' is none of float32, bfloat16"):
+        Embedder.load(directory, normalize=False, max_length=96, compute_dtype="float16")
     with open(directory / "vocab.txt", "a") as file:
         file.write("more\n")
     with pytest.raises(UserError, match="not of one checkpoint"):

@@ -12,12 +12,13 @@ def test_kind_and_sizes_follow_the_number_of_vectors():
     assert IndexSettings().resolve(20_000, 16, unit=False).kind == "brute_force"
     made = IndexSettings().resolve(100_000, 384, unit=True)
     assert (made.kind, made.score, made.dimensions_per_block) == ("tree", "dot_product", 2)
-    assert (made.num_leaves, made.spill, made.rescore) == (632, 1.0, "bfloat16")
+    assert (made.num_leaves, made.spill, made.leaf_eta, made.rescore) == (443, 1.0, 4.0, "bfloat16")
     assert made.leaves_to_search is None  # measured
     assert IndexSettings(spill=0).resolve(100_000, 384, unit=True).spill == 0
     assert IndexSettings().resolve(100_000, 768, unit=True).dimensions_per_block == 3
     made = IndexSettings().resolve(100_000, 384, unit=False)
     assert (made.score, made.num_leaves, made.spill, made.rescore) == ("squared_l2", 316, 0.0, "float32")
+    assert made.leaf_eta == 0
     assert IndexSettings(kind="brute_force").resolve(10**6, 16, unit=True).kind == "brute_force"
     made = IndexSettings(num_leaves=50, leaves_to_search=70, reorder=9).resolve(30_000, 16, unit=False)
     assert (made.num_leaves, made.leaves_to_search, made.reorder) == (50, 50, 9)
@@ -35,6 +36,7 @@ def test_kind_and_sizes_follow_the_number_of_vectors():
         ({"score": "dot_product"}, False, "needs vectors of length 1"),
         ({"spill": 1.0}, False, "spill needs score dot_product"),
         ({"spill": -1.0}, True, "spill must not be negative"),
+        ({"leaf_eta": 2.0}, False, "leaf_eta needs score dot_product"),
         ({"score": "squared_l2", "spill": 1.0}, True, "spill needs score dot_product"),
     ],
 )

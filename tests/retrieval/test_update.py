@@ -71,10 +71,9 @@ def test_ranges_are_the_same_numbers(pairs):
 
 def test_added_documents_are_found_behind_those_before(database, tiny_embedder, tmp_path):
     before = Database.open(database)
-    assert before.is_current()
     add_documents(database, write(tmp_path / "new.jsonl", [6, 7]), tiny_embedder)
     after = Database.open(database, tiny_embedder)
-    assert not before.is_current() and after.is_current() and after.fingerprint != before.fingerprint
+    assert after.fingerprint != before.fingerprint
     assert after.num_index_shards == 3 and after.index_shards == (0, 1, 2)
     old = before.corpus.num_chunks
     np.testing.assert_array_equal(after.corpus.tokens(np.arange(old)), before.corpus.tokens(np.arange(old)))

@@ -48,6 +48,7 @@ def test_our_line_and_the_comparison_without_peers(monkeypatch, tmp_path):
     settings = {"kind": "tree", "num_leaves": 40, "reorder": 32}
     ours, comparison = retrieval.search_lines(unit(2500), [2000], peers=(), settings=settings, seconds=0.01, turns=2)
     assert ours["engine"] == "retro_jax" and ours["vectors"] == 2000 and ours["best"]["recall"] >= 0.95
+    assert ours["synthetic_vectors"] == 0
     assert ours["build_seconds"] > 0 and 16 * 2 < ours["bytes_per_vector"] < 400
     assert all(each["queries_per_second"] >= each["queries_per_second_median"] > 0 for each in ours["points"])
     assert comparison["best_peer"] is None and comparison["ratio_to_best_peer"] is None
@@ -55,6 +56,23 @@ def test_our_line_and_the_comparison_without_peers(monkeypatch, tmp_path):
     retrieval_plot.plot_recall([ours, comparison], tmp_path / "plot.png")
     retrieval_plot.plot_growth([ours, comparison], tmp_path / "growth.png")
     assert all((tmp_path / name).stat().st_size > 5000 for name in ("plot.png", "growth.png"))
+
+
+def test_vectors_are_made_between_real_ones():
+    real = unit(300)
+    rows = retrieval.between(real, 500)
+    assert rows[:300].tobytes() == real.tobytes()
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, rtol=1e-5)
+    # Near to where it starts, and never a copy.
+    nearest = (rows[300:] @ real.T).max(1)
+    assert nearest.min() > 0.5 and np.median(nearest) < 0.999
+
+
+def test_vectors_that_are_made_are_counted(monkeypatch):
+    monkeypatch.setattr(retrieval, "QUERIES", 64)
+    options = {"settings": {"kind": "tree", "num_leaves": 20, "reorder": 32}, "seconds": 0.01, "turns": 1}
+    ours, _ = retrieval.search_lines(unit(1064), [1200], peers=(), synthetic=True, **options)
+    assert ours["vectors"] == 1200 and ours["synthetic_vectors"] == 200 and ours["best"]["recall"] >= 0.95
 
 
 def test_what_cannot_be_measured_is_said(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 
 from retro_jax.config import OptimizerConfig
 from retro_jax.errors import UserError
-from retro_jax.training.optimizer import create_optimizer, decay_mask, learning_rate
+from retro_jax.training.optimizer import clip_factor, create_optimizer, decay_mask, learning_rate
 
 
 def test_schedule_warms_up_linearly_and_ends_at_a_tenth_of_the_peak():
@@ -40,13 +40,11 @@ def test_only_matrices_and_embeddings_decay():
     }
 
 
-def test_gradients_are_clipped_by_their_global_norm_before_adam():
-    config = OptimizerConfig(warmup_steps=0, weight_decay=0.0, clip_norm=1.0)
-    optimizer = create_optimizer(config, 10, {"w": ("embed",)})
-    params = {"w": jnp.zeros(2)}
-    state = optimizer.init(params)
-    _, state = optimizer.update({"w": jnp.asarray([30.0, 40.0])}, state, params)
-    np.testing.assert_allclose(state[1].mu["w"], 0.1 * np.asarray([0.6, 0.8]), rtol=1e-6)
+@pytest.mark.parametrize(
+    ("clip_norm", "norm", "factor"), [(1.0, 50.0, 0.02), (1.0, 0.5, 1.0), (1.0, 0.0, 1.0), (0, 50.0, 1.0)]
+)
+def test_gradients_are_scaled_down_to_the_global_norm_that_is_allowed(clip_norm, norm, factor):
+    assert float(clip_factor(OptimizerConfig(clip_norm=clip_norm), jnp.asarray(norm))) == pytest.approx(factor)
 
 
 def test_decay_pulls_matrices_towards_zero_without_gradients():

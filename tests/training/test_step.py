@@ -121,6 +121,14 @@ def test_every_mesh_gives_the_loss_and_gradients_of_one_device(expected_gradient
     assert_equal(found, expected_gradients[model], 1e-5)
 
 
+def test_a_step_clips_by_the_global_norm_before_adam():
+    optimizer = dataclasses.replace(CONFIG.optimizer, clip_norm=1e-3)
+    (metrics,), (_, after) = run([batch()], optimizer=optimizer)
+    assert metrics["gradient_norm"] > 1e-2
+    moment = float(optax.global_norm(after.opt_state[0].mu))
+    assert moment == pytest.approx((1 - optimizer.beta1) * 1e-3, rel=1e-4)
+
+
 def test_parameters_and_moments_are_split_over_the_mesh():
     mesh = create_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     plan = plan_model(MODEL, mesh)

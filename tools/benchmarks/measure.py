@@ -54,6 +54,17 @@ def time_steps(step: Callable[[Any], None], batches: Iterator[Any], *, warmup: i
     }
 
 
+def rate(work: Callable[[], Any], amount: int, seconds: float) -> float:
+    """What is done in a second, when `work` does so much; over at least one run and so many seconds."""
+    done, begun = 0, time.perf_counter()
+    while True:
+        work()
+        done += amount
+        spent = time.perf_counter() - begun
+        if spent >= seconds:
+            return done / spent
+
+
 def peak_memory_bytes() -> int:
     """Largest resident size of this process so far."""
     unit = 1 if sys.platform == "darwin" else 1024

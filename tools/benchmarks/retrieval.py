@@ -26,26 +26,10 @@ PACKAGES = ("numpy==2.4.6", "faiss-cpu==1.15.1", "hnswlib==0.8.0", "packaging==2
 IMPORTS = "import faiss, hnswlib, numpy"
 PEERS = ("faiss_fast_scan", "faiss_fast_scan_fine", "faiss_flat_lists", "faiss_hnsw", "hnswlib", "faiss_exact")
 QUERIES = 2048
-_DEPTHS = (16, 32)
-_LEAVES_SHARE = (
-    0.0025,
-    0.005,
-    0.0075,
-    0.01,
-    0.0125,
-    0.015,
-    0.02,
-    0.025,
-    0.03,
-    0.04,
-    0.05,
-    0.07,
-    0.1,
-    0.15,
-    0.2,
-    0.4,
-    1.0,
-)
+GROWTH = (10_000, 31_600, 100_000, 316_000, 1_000_000)
+_DEPTHS = (12, 16, 32)
+_BLOCK = 65_536  # vectors made at once
+_LEAVES_SHARE = (*np.geomspace(0.0025, 0.1, 32), 0.15, 0.2, 0.4, 1.0)
 
 
 def environment(python: str | None, home: Path = HOME) -> str:
@@ -66,6 +50,7 @@ def search_lines(
     cores: int = 1,
     seconds: float = search_measure.SECONDS,
     turns: int = 3,
+    synthetic: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Measures every engine at every size; a line each, and at the end of a size one that compares them.
 
@@ -80,21 +65,25 @@ def search_lines(
       cores: that may search.
       seconds: that a rate is measured over in a turn.
       turns: of every engine.
+      synthetic: where there are too few vectors, make more of them, and say so in the lines.
 
     Raises:
       UserError: too few vectors, or a peer that cannot be installed.
     """
     rows = np.asarray(vectors[0 : min(len(vectors), max(sizes) + 4 * QUERIES)])
     rows = rows[rows.any(1)]
-    if len(rows) < max(sizes) + QUERIES:
+    real = min(len(rows) - QUERIES, max(sizes))
+    if real < (QUERIES if synthetic else max(sizes)):
         raise UserError(f"{len(rows):,} vectors are too few for {max(sizes):,} and {QUERIES:,} queries")
-    queries = rows[max(sizes) : max(sizes) + QUERIES]
+    queries = rows[real : real + QUERIES]
+    rows = between(rows[:real], max(sizes))
     python = environment(peer_python) if peers else ""
     for size in sizes:
         with tempfile.TemporaryDirectory() as directory:
             job = _write(Path(directory), rows[:size], queries, k) | {"k": k, "cores": cores, "seconds": seconds}
             job |= {"folder": directory, "settings": settings or {}, "unit": _unit(rows)}
             common = {"benchmark": "retrieval", "vectors": size, "dimension": rows.shape[1], "k": k, "cores": cores}
+            common["synthetic_vectors"] = max(0, size - real)
             sides = {"retro_jax": (sys.executable, "benchmarks.search_ours", job)}
             for engine in peers:
                 sides[engine] = (python, "benchmarks.search_peers", {**job, "engine": engine})
@@ -123,9 +112,8 @@ def best(points: Sequence[dict[str, Any]], goal: float) -> dict[str, Any]:
 def _sweep(leaves: int, settings: dict[str, Any]) -> list[list[int]]:
     """Leaves to search and candidates to rescore, from little work to much."""
     searched = sorted({max(1, math.ceil(share * leaves)) for share in _LEAVES_SHARE})
-    return [
-        [each, depth] for each in searched for depth in ([settings["reorder"]] if "reorder" in settings else _DEPTHS)
-    ]
+    depths = [settings["reorder"]] if settings.get("reorder") else _DEPTHS
+    return [[each, depth] for each in searched for depth in depths]
 
 
 def _over_turns(turns: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -137,6 +125,25 @@ def _over_turns(turns: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
             median = statistics.median(rates)
             points.append({**point, "queries_per_second": max(rates), "queries_per_second_median": median})
     return points
+
+
+def between(real: np.ndarray, count: int) -> np.ndarray:
+    """`count` vectors: the real ones, and behind them points on the way from one of them to another.
+
+    They are as dense as text is where two chunks say nearly the same, and lie apart elsewhere; made of random numbers
+    they would all be far from every query, and a search through them too easy.
+    """
+    rows = np.empty((count, real.shape[1]), np.float32)
+    rows[: len(real)] = real
+    rng = np.random.default_rng(0)
+    unit = _unit(real)
+    for first in range(len(real), count, _BLOCK):
+        block = rows[first : first + _BLOCK]
+        begin, end = (real[rng.integers(0, len(real), len(block))] for _ in range(2))
+        block[:] = begin + rng.uniform(0.2, 0.5, (len(block), 1)).astype(np.float32) * (end - begin)
+        if unit:
+            block /= np.linalg.norm(block, axis=1, keepdims=True)
+    return rows
 
 
 def _unit(vectors: np.ndarray) -> bool:

@@ -14,6 +14,7 @@ PROMPT = 64
 LENGTHS = (64, 128, 256, 512, 1024, 2048)
 PEER_LENGTHS = (64, 128, 256, 512)
 BATCH_SIZES = (1, 8)
+FLAT_TO = (512, 2048)
 PEER_MODULE = "benchmarks.retro_pytorch_sample"
 
 
@@ -29,6 +30,7 @@ class Plan:
       top_k: share of the vocabulary that is drawn from; the peer's own sampler keeps a tenth.
       rounds: every side is run so often, the sides in turn; the best of each counts.
       cores: processor cores a side may use; 0 for all.
+      database, embedder: where our neighbours come from; empty for random ones, as the peer's are.
     """
 
     lengths: Sequence[int] = LENGTHS
@@ -38,10 +40,12 @@ class Plan:
     top_k: float = 0.1
     rounds: int = 1
     cores: int = 0
+    database: str = ""
+    embedder: str = ""
 
     def job(self) -> dict[str, Any]:
         """What a process is told of it."""
-        names = ("lengths", "batch_sizes", "prompt", "k", "top_k", "cores")
+        names = ("lengths", "batch_sizes", "prompt", "k", "top_k", "cores", "database", "embedder")
         return {name: getattr(self, name) for name in names}
 
 
@@ -72,11 +76,9 @@ def against_peer(model: RetroConfig, plan: Plan, python: str) -> list[dict[str, 
     return [*lines, *peers, *map(_comparison, lines, peers)]
 
 
-def flatness(line: dict[str, Any], first: int, last: int) -> float:
-    """Slowest over fastest time a token between two positions of a line."""
-    times = [
-        seconds for position, seconds in line["token_seconds_by_position"].items() if first <= int(position) <= last
-    ]
+def flatness(seconds_by_position: dict[str, float], last: int) -> float:
+    """Slowest over fastest time a token, of the positions up to `last`."""
+    times = [seconds for position, seconds in seconds_by_position.items() if int(position) <= last]
     return max(times) / min(times)
 
 
@@ -89,7 +91,10 @@ def _ours(
 
 def _line(model: RetroConfig, plan: Plan, *rounds: dict[str, Any]) -> dict[str, Any]:
     best = max(rounds, key=lambda each: each["tokens_per_second"])
-    positions = best["token_seconds_by_position"]
+    positions = {
+        position: min(each["token_seconds_by_position"][position] for each in rounds)
+        for position in best["token_seconds_by_position"]
+    }
     return {
         "benchmark": "sample",
         "prompt": plan.prompt,
@@ -97,11 +102,13 @@ def _line(model: RetroConfig, plan: Plan, *rounds: dict[str, Any]) -> dict[str, 
         "vocab_size": model.vocab_size,
         "dtype": model.dtype,
         "positions": model.positions,
+        "neighbours": plan.database or "random",
         "rounds": len(rounds),
         **best,
         "first_token_seconds": statistics.median(each["first_token_seconds"] for each in rounds),
-        "token_seconds_by_position": {
-            position: min(each["token_seconds_by_position"][position] for each in rounds) for position in positions
+        "token_seconds_by_position": positions,
+        "slowest_to_fastest_position": {
+            last: flatness(positions, last) for last in FLAT_TO if any(int(position) <= last for position in positions)
         },
     }
 

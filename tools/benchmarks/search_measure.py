@@ -1,11 +1,12 @@
 """Times searches and measures their recall; NumPy is enough, so a peer's environment does it by the same code."""
 
-import time
-from collections.abc import Callable, Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 
+from benchmarks import measure
 from retro_jax.retrieval.exact import recall
 
 BATCH = 1024
@@ -34,30 +35,17 @@ def curve(
       seconds: that a rate is measured over.
       start, stop: recall at which the curve begins and ends.
     """
+
+    def answer(setting: Any) -> list[np.ndarray]:
+        return [search(queries[first : first + BATCH], setting) for first in range(0, len(queries), BATCH)]
+
     points = []
     for setting in settings:
-        rows = np.concatenate([search(block, setting) for block in _blocks(queries)])
-        share = recall(rows, exact, queries, vectors)
+        share = recall(np.concatenate(answer(setting)), exact, queries, vectors)
         if share < start:
             continue
-        points.append(
-            {"setting": setting, "recall": share, "queries_per_second": _rate(search, setting, queries, seconds)}
-        )
+        rate = measure.rate(functools.partial(answer, setting), len(queries), seconds)
+        points.append({"setting": setting, "recall": share, "queries_per_second": rate})
         if share >= stop:
             break
     return points
-
-
-def _rate(search: Callable[[np.ndarray, Any], np.ndarray], setting: Any, queries: np.ndarray, seconds: float) -> float:
-    """Queries a second over at least so many seconds."""
-    done, begun = 0, time.perf_counter()
-    while time.perf_counter() - begun < seconds:
-        for block in _blocks(queries):
-            search(block, setting)
-            done += len(block)
-    return done / (time.perf_counter() - begun)
-
-
-def _blocks(queries: np.ndarray) -> Iterator[np.ndarray]:
-    for first in range(0, len(queries), BATCH):
-        yield queries[first : first + BATCH]

@@ -1,7 +1,5 @@
 """What the retrieval service costs over the same search in this process, at several batch sizes.
 
-python tools/benchmarks/service_overhead.py DATABASE EMBEDDINGS      # prints one JSON line for each way and batch
-
 The three ways answer in turn, request by request, so that a busy machine slows all of them alike: the library, one
 server with the whole database, and a front before one server for each half of the index.
 """
@@ -12,12 +10,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from retro_jax.errors import UserError
 from retro_jax.retrieval.database import Database
 from retro_jax.retrieval.embedder import EmbeddingSet
 from retro_jax.retrieval.service.client import RetrievalClient
@@ -27,13 +26,16 @@ K = 2
 _PROGRAM = Path(__file__).resolve().parents[2] / "launch" / "serve_retrieval.py"
 
 
-def measure(directory: Path, embeddings: EmbeddingSet, *, rounds: int = 200) -> Iterator[dict[str, Any]]:
+def overhead_lines(directory: Path, embeddings: EmbeddingSet, *, rounds: int) -> Iterator[dict[str, Any]]:
     """Times searches for the vectors of random chunks.
 
     Args:
       directory: of the database.
       embeddings: whose vectors are the queries.
       rounds: requests of each way and batch size.
+
+    Raises:
+      UserError: no such database, or a server does not start.
 
     Yields:
       way, batch, milliseconds (median), overhead_ms and overhead_percent over the library.
@@ -59,7 +61,7 @@ def measure(directory: Path, embeddings: EmbeddingSet, *, rounds: int = 200) -> 
             for way, milliseconds in medians.items():
                 over = milliseconds - medians["library"]
                 yield {
-                    "benchmark": "service_overhead",
+                    "benchmark": "service",
                     "way": way,
                     "batch": batch,
                     "vectors": database.size,
@@ -84,7 +86,7 @@ def _serving(*flags: str) -> Iterator[str]:
         address = ""
         for line in process.stderr:
             if not line.startswith("{"):
-                raise RuntimeError(line.strip())
+                raise UserError(line.strip().removeprefix("error: "))
             event = json.loads(line)
             address = event.get("address", address)
             if event["event"] == "ready":
@@ -93,13 +95,3 @@ def _serving(*flags: str) -> Iterator[str]:
     finally:
         process.terminate()
         process.communicate()
-
-
-def main(arguments: Sequence[str]) -> None:
-    directory, embeddings = map(Path, arguments)
-    for line in measure(directory, EmbeddingSet(embeddings)):
-        print(json.dumps(line), flush=True)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -143,6 +143,8 @@ def _line(config: TrainConfig, rounds: list[dict[str, Any]]) -> dict[str, Any]:
         "vocab_size": model.vocab_size,
         "dtype": model.dtype,
         "remat": model.remat,
+        "scan_layers": model.scan_layers,
+        "vocab_block": config.vocab_block,
         "microbatches": config.microbatches,
         "positions": model.positions,
         "parameters": first["parameters"],

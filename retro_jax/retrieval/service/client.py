@@ -115,6 +115,7 @@ class RetrievalClient:
         self._name = ",".join(addresses)
         self._replicas = Replicas(self._name, backends, patience or Patience(attempts=8), None)
         self._described: tuple[Description, pb.Limits] | None = None
+        self._answers = ""  # fingerprint of the database described last
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(concurrent, thread_name_prefix="retrieval")
 
@@ -143,6 +144,23 @@ class RetrievalClient:
     def fingerprint(self) -> str:
         """Of the database that answers."""
         return self.description.database
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        """Of the tokenizer that the database's chunks were made with."""
+        return self.description.tokenizer
+
+    def refresh(self) -> bool:
+        """Answers come from what is served now, from here on. Gives whether that is another version than before.
+
+        A client that names its database stays with it.
+
+        Raises:
+          RetrievalError: nobody answers; the version before answers no more then.
+        """
+        with self._lock:
+            before, self._described = self._answers, None
+        return self.fingerprint != before
 
     def wait_until_ready(self, seconds: float) -> Description:
         """Asks until a database is served, for a service that is just starting.
@@ -265,6 +283,7 @@ class RetrievalClient:
                 names = [field.name for field in dataclasses.fields(Description) if field.name != "embeds"]
                 values = {name: getattr(version, name) for name in names}
                 self._described = Description(**values, embeds=response.embeds), response.limits
+                self._answers = version.database
             return self._described
 
     def _found(self, request: pb.SearchRequest, n: int) -> tuple[Found, bytes]:

@@ -3,7 +3,6 @@
 Imports the database's code when the first one is opened: a front needs none of it.
 """
 
-import contextlib
 import dataclasses
 import os
 from functools import cached_property
@@ -144,14 +143,3 @@ def open_database(directory: str | os.PathLike, chosen: ChosenShards) -> Databas
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory; expected a database with corpus/ and index/ in it")
     return DatabaseHolding(directory.resolve(), chosen)
-
-
-def signature(directory: str | os.PathLike) -> tuple[Any, ...]:
-    """Something that changes when the directory holds another version; cheap enough to ask for every second."""
-    resolved = Path(directory).resolve()
-    marks: list[Any] = [resolved]
-    for name in ("corpus/manifest.json", "index/manifest.json", "segments.json"):
-        with contextlib.suppress(OSError):
-            status = (resolved / name).stat()
-            marks.append((name, status.st_ino, status.st_mtime_ns, status.st_size))
-    return tuple(marks)

@@ -1,5 +1,6 @@
 """launch/serve_retrieval.py over a real database in shards: equal to the library, updated while it serves."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ import psutil
 import pytest
 import tiny_bert
 from processes_of_service import front, health, program, running, wait_ready
-from small_run import ROOT, error_line
+from small_run import error_line, run_program
 
 from retro_jax.retrieval.database import Database
 from retro_jax.retrieval.embedder import Embedder, EmbeddingSet, embed_corpus
@@ -169,13 +170,14 @@ def test_mistakes_are_named_in_one_line(database, served, tmp_path):
     assert health(served[0].address) == "SERVING"
 
 
-def test_the_overhead_of_the_service_is_measured(database, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "tools")
-    from benchmarks.service_overhead import measure
-
-    lines = list(measure(database, EmbeddingSet(database / "embeddings"), rounds=3))
-    assert [(line["way"], line["batch"]) for line in lines] == [
-        (way, batch) for batch in (1, 64) for way in ("library", "server", "front")
+def test_the_overhead_of_the_service_is_measured(database):
+    status, stdout, stderr = run_program("tools/benchmark.py", "service", f"--database={database}", "--steps=3")
+    assert status == 0, stderr
+    lines = [json.loads(line) for line in stdout.splitlines()]
+    assert [(line["batch"], line["way"]) for line in lines] == [
+        (batch, way) for batch in (1, 64) for way in ("library", "server", "front")
     ]
-    assert all(line["overhead_ms"] == 0 or line["way"] != "library" for line in lines)
-    assert all(line["milliseconds"] > 0 for line in lines)
+    for line in lines:
+        (library,) = (each for each in lines if each["way"] == "library" and each["batch"] == line["batch"])
+        assert line["overhead_ms"] == pytest.approx(line["milliseconds"] - library["milliseconds"], abs=0.002)
+        assert line["milliseconds"] > 0
