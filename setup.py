@@ -75,6 +75,7 @@ setup(
         "tpu": ["jax[tpu]~=0.10.2"],
         "cuda13": ["jax[cuda13]~=0.10.2"],
         "interop": ["huggingface-hub>=0.25", "tokenizers>=0.20"],
+        "interop-tests": ["transformers~=5.23", "torch>=2.6"],  # what imports are compared with
         "dev": DEV,
     },
 )

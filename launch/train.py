@@ -2,6 +2,7 @@
 
     python launch/train.py --config=experiments/tiny.py --workdir=runs/tiny --config.data.sequences=DIR
     python launch/train.py ... --config.batch_size=16 --config.model.width=512
+    python launch/train.py --config=experiments/retrofit_demo.py --workdir=runs/fit --config.init_from=demo/baseline
 
 The same command after an interruption goes on from the newest checkpoint. SIGTERM saves first and exits with 143.
 Several processes, on one machine or many, are one run: docs/running-on-pods.md. Compiled programs are kept for the
@@ -44,6 +45,11 @@ def main() -> None:
     config = from_config_dict(TrainConfig, program.loaded(_CONFIG.value))
     _use_compilation_cache()
     program.start_cluster()
+    base = None
+    if config.init_from:
+        from retro_jax.interop.checkpoint import open_base
+
+        base = open_base(config.init_from)
     result = train(
         config,
         _WORKDIR.value,
@@ -51,6 +57,7 @@ def main() -> None:
         profile=profile,
         profile_all=_PROFILE_ALL.value,
         began=began,
+        base=base,
     )
     if not hosts.is_primary():
         sys.exit(143 if result.terminated else 0)

@@ -9,162 +9,15 @@ from typing import Any, TypeVar
 
 import ml_collections
 
-from retro_jax.errors import UserError
+from retro_jax.architecture import REMAT_NAMES, SPECIAL_TOKENS, RetroConfig, RopeScaling  # noqa: F401 (settings too)
+from retro_jax.errors import UserError, require, require_choice
 
 T = TypeVar("T")
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
 
 
 def _split(entries: tuple[str, ...]) -> tuple[str, ...]:
     """A list given on the command line arrives as one string with commas."""
     return tuple(name for entry in entries for name in entry.split(",") if name)
-
-
-def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    _require(value in choices, f"{name}: {value!r} is none of {', '.join(choices)}")
-
-
-def _require_layers(name: str, layers: tuple[int, ...], count: int) -> None:
-    _require(
-        all(1 <= layer <= count for layer in layers) and len(set(layers)) == len(layers),
-        f"{name} are 1-based and distinct, at most {count}; found {layers}",
-    )
-
-
-# What a block can keep for its backward pass: projected queries, keys and values, the relative-position keys, the
-# heads' weighted means (before the output projection), what each sublayer adds, and the feed-forward's hidden layer.
-REMAT_NAMES = ("query", "key", "value", "relative", "mixed", "added", "hidden")
-
-
-@dataclasses.dataclass(frozen=True)
-class RetroConfig:
-    """The architecture (paper section 2 and Tables 2 and 10). With `cca_layers=()` it is the baseline transformer.
-
-    Attributes:
-      vocab_size: V, rows of the embedding tables.
-      width: D, decoder width.
-      num_layers: decoder blocks.
-      num_heads, head_size: N and H of decoder self-attention and chunked cross-attention; N*H may differ from D.
-      ffw_width: hidden width of the decoder's feed-forward.
-      chunk_length: M, tokens of a chunk.
-      neighbour_length: R, tokens of a neighbour with its continuation.
-      cca_layers: P, 1-based decoder layers with chunked cross-attention.
-      encoder_width: E, width of the neighbour encoder.
-      encoder_layers, encoder_num_heads, encoder_head_size, encoder_ffw_width: its sizes.
-      encoder_ca_layers: P_enc, 1-based encoder layers that cross-attend to the retrieving chunk.
-      neighbour_part: what the encoder reads: "both" a neighbour N and its continuation F, or one of them alone,
-        "neighbour" or "continuation" (ablations of the paper's Table 13).
-      positions: "transformer_xl" (paper) or "rope".
-      cross_positions: positions count in chunked cross-attention and in the encoder's; False is the paper's ablation.
-      rope_theta: base of the rotary frequencies.
-      tie_embeddings: the output head is the decoder's embedding table.
-      share_embeddings: the encoder reads the decoder's embedding table (needs encoder_width == width).
-      norm_epsilon: of every RMSNorm.
-      init_scale: standard deviation of the initial weights; residual outputs are scaled down by sqrt(2 * num_layers).
-      pad_id: token id that is never attended to and never predicted.
-      dtype: compute dtype, "float32" or "bfloat16"; parameters, norms, softmax and loss are float32.
-      remat: what the backward pass computes again. "none": nothing. "block": all of a block but its input. Or names of
-        what a block keeps, separated by commas ("query,key,value,mixed"), out of REMAT_NAMES.
-      scan_layers: loop over equal layers at run time, so that compile time does not grow with depth; False writes every
-        layer out, which is faster on a CPU (no stacking of what the backward pass needs). The parameters are the same.
-    """
-
-    vocab_size: int
-    width: int
-    num_layers: int
-    num_heads: int
-    head_size: int
-    ffw_width: int
-    chunk_length: int = 64
-    neighbour_length: int = 128
-    cca_layers: tuple[int, ...] = ()
-    encoder_width: int = 896
-    encoder_layers: int = 2
-    encoder_num_heads: int = 16
-    encoder_head_size: int = 64
-    encoder_ffw_width: int = 3584
-    encoder_ca_layers: tuple[int, ...] = (1,)
-    neighbour_part: str = "both"
-    positions: str = "transformer_xl"
-    cross_positions: bool = True
-    rope_theta: float = 10_000.0
-    tie_embeddings: bool = True
-    share_embeddings: bool = False
-    norm_epsilon: float = 1e-6
-    init_scale: float = 0.02
-    pad_id: int = 0
-    dtype: str = "float32"
-    remat: str = "none"
-    scan_layers: bool = True
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "cca_layers", tuple(sorted(self.cca_layers)))
-        object.__setattr__(self, "encoder_ca_layers", tuple(sorted(self.encoder_ca_layers)))
-        for name in ("vocab_size", "width", "num_layers", "num_heads", "head_size", "ffw_width", "chunk_length"):
-            _require(getattr(self, name) > 0, f"model.{name} must be positive, is {getattr(self, name)}")
-        _require_layers("model.cca_layers", self.cca_layers, self.num_layers)
-        _require_choice("model.positions", self.positions, ("transformer_xl", "rope"))
-        _require_choice("model.neighbour_part", self.neighbour_part, ("both", "neighbour", "continuation"))
-        _require(
-            self.neighbour_part == "both" or self.neighbour_length > self.chunk_length,
-            f"model.neighbour_part {self.neighbour_part!r}: neighbours of {self.neighbour_length} tokens have no "
-            f"continuation beyond a chunk of {self.chunk_length}",
-        )
-        _require_choice("model.dtype", self.dtype, ("float32", "bfloat16", "float64"))
-        kept = self.remat.split(",")
-        for name in kept:
-            _require_choice("model.remat", name, REMAT_NAMES if len(kept) > 1 else ("none", "block", *REMAT_NAMES))
-        _require(
-            self.positions != "rope" or self.head_size % 2 == 0,
-            f"model.head_size must be even with rope positions, is {self.head_size}",
-        )
-        _require(
-            self.positions != "transformer_xl" or self.width % 2 == 0,
-            f"model.width must be even with transformer_xl positions (sine and cosine), is {self.width}",
-        )
-        if self.cca_layers:
-            for name in (
-                "neighbour_length",
-                "encoder_width",
-                "encoder_layers",
-                "encoder_num_heads",
-                "encoder_head_size",
-                "encoder_ffw_width",
-            ):
-                _require(getattr(self, name) > 0, f"model.{name} must be positive, is {getattr(self, name)}")
-            _require_layers("model.encoder_ca_layers", self.encoder_ca_layers, self.encoder_layers)
-            size, name = (
-                (self.encoder_head_size, "encoder_head_size")
-                if self.positions == "rope"
-                else (self.encoder_width, "encoder_width")
-            )
-            _require(size % 2 == 0, f"model.{name} must be even with {self.positions} positions, is {size}")
-        _require(0 <= self.pad_id < self.vocab_size, f"model.pad_id {self.pad_id} is not below vocab_size")
-        _require(
-            not self.share_embeddings or self.encoder_width == self.width,
-            f"model.share_embeddings needs encoder_width == width, they are {self.encoder_width} and {self.width}",
-        )
-
-    @classmethod
-    def preset(cls, name: str, **changes: Any) -> "RetroConfig":
-        """The named size of `retro_jax.model.presets`, with fields replaced by `changes`."""
-        from retro_jax.model.presets import preset
-
-        return preset(name, **changes)
-
-    @property
-    def is_baseline(self) -> bool:
-        return not self.cca_layers
-
-    @property
-    def neighbour_range(self) -> tuple[int, int]:
-        """First and last + 1 of the R tokens of a neighbour that the encoder reads."""
-        middle, end = self.chunk_length, self.neighbour_length
-        return {"both": (0, end), "neighbour": (0, middle), "continuation": (middle, end)}[self.neighbour_part]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +57,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sequences", _split(self.sequences))
-        _require(self.neighbours >= 1, "data.neighbours must be at least 1 (a baseline ignores it)")
+        require(self.neighbours >= 1, "data.neighbours must be at least 1 (a baseline ignores it)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,10 +85,10 @@ class OptimizerConfig:
     moments_dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        _require_choice("optimizer.moments_dtype", self.moments_dtype, ("float32", "bfloat16"))
-        _require(self.peak_learning_rate > 0, "optimizer.peak_learning_rate must be positive")
-        _require(self.warmup_steps >= 0, "optimizer.warmup_steps must not be negative")
-        _require(0 <= self.final_fraction <= 1, "optimizer.final_fraction must be between 0 and 1")
+        require_choice("optimizer.moments_dtype", self.moments_dtype, ("float32", "bfloat16"))
+        require(self.peak_learning_rate > 0, "optimizer.peak_learning_rate must be positive")
+        require(self.warmup_steps >= 0, "optimizer.warmup_steps must not be negative")
+        require(0 <= self.final_fraction <= 1, "optimizer.final_fraction must be between 0 and 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,10 +110,10 @@ class CheckpointConfig:
     keep_best: int = 0
 
     def __post_init__(self) -> None:
-        _require(self.every_steps > 0, "checkpoint.every_steps must be positive")
-        _require(self.keep_last > 0, "checkpoint.keep_last must be positive")
+        require(self.every_steps > 0, "checkpoint.every_steps must be positive")
+        require(self.keep_last > 0, "checkpoint.keep_last must be positive")
         for name in ("every_minutes", "keep_every", "keep_best"):
-            _require(getattr(self, name) >= 0, f"checkpoint.{name} must not be negative, is {getattr(self, name)}")
+            require(getattr(self, name) >= 0, f"checkpoint.{name} must not be negative, is {getattr(self, name)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,8 +132,8 @@ class ValidationConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sequences", _split(self.sequences))
-        _require(self.every_steps > 0, "validation.every_steps must be positive")
-        _require(self.examples >= 0, "validation.examples must not be negative")
+        require(self.every_steps > 0, "validation.every_steps must be positive")
+        require(self.examples >= 0, "validation.examples must not be negative")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,8 +150,8 @@ class StabilityConfig:
     spike_factor: float = 0.0
 
     def __post_init__(self) -> None:
-        _require(self.max_bad_steps >= 0, "stability.max_bad_steps must not be negative")
-        _require(
+        require(self.max_bad_steps >= 0, "stability.max_bad_steps must not be negative")
+        require(
             self.spike_factor == 0 or self.spike_factor > 1,
             f"stability.spike_factor is 0 (off) or above 1, is {self.spike_factor}",
         )
@@ -317,6 +170,12 @@ class TrainConfig:
       vocab_block: vocabulary rows of one block of the loss; 0 for the whole vocabulary at once.
       log_every: steps between metric lines.
       seed: of the parameters' initialisation.
+      init_from: model whose parameters this run begins with: a run, a checkpoint of one, an export or a Hugging Face
+        checkpoint. `model` then says what the retrieval is like (`cca_layers`, `encoder_*`, ...); the decoder is that
+        of the model, and stays as it is (RETROfit, paper section 4.2).
+      unfreeze_decoder: with `init_from`: the decoder is trained too.
+      encoder_embedding: with `init_from`: the encoder's table begins "random" or as the "decoder"'s.
+      cca_gate: 0 trains the decoder alone, without retrieval, in a model that has it (InstructRetro); 1 otherwise.
     """
 
     model: RetroConfig
@@ -332,19 +191,32 @@ class TrainConfig:
     vocab_block: int = 16_384
     log_every: int = 10
     seed: int = 0
+    init_from: str = ""
+    unfreeze_decoder: bool = False
+    encoder_embedding: str = "random"
+    cca_gate: int = 1
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "microbatches", "log_every"):
-            _require(getattr(self, name) > 0, f"{name} must be positive, is {getattr(self, name)}")
-        _require(
+            require(getattr(self, name) > 0, f"{name} must be positive, is {getattr(self, name)}")
+        require(
             self.batch_size % self.microbatches == 0,
             f"batch_size {self.batch_size} is not a multiple of microbatches {self.microbatches}",
         )
-        _require(
+        require(
             not self.checkpoint.keep_best or bool(self.validation.sequences),
             "checkpoint.keep_best needs validation.sequences",
         )
-        _require(self.vocab_block >= 0, "vocab_block must not be negative")
+        require(self.vocab_block >= 0, "vocab_block must not be negative")
+        require_choice("encoder_embedding", self.encoder_embedding, ("random", "decoder"))
+        require(self.cca_gate in (0, 1), f"cca_gate is 0 or 1, is {self.cca_gate}")
+        require(
+            self.init_from != "" or not self.unfreeze_decoder, "unfreeze_decoder goes with init_from: there is no base"
+        )
+        require(
+            self.cca_gate == 1 or self.unfreeze_decoder or not self.init_from,
+            "cca_gate 0 trains the decoder alone; with init_from it needs unfreeze_decoder",
+        )
 
 
 def to_dict(config: Any) -> dict[str, Any]:

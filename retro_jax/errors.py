@@ -21,3 +21,14 @@ class TemporaryError(UserError):
     """
 
     exit_status = os.EX_TEMPFAIL
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises UserError with the message unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises UserError unless the value of a setting is one of those it can have."""
+    require(value in choices, f"{name}: {value!r} is none of {', '.join(choices)}")

@@ -19,7 +19,7 @@ from retro_jax.data.distribute import BeamOptions, Unit, WorkersError, distribut
 from retro_jax.data.sources import Source, repeated_rows, write_digests
 from retro_jax.data.stage import Manifest, Stage, file_sha256, load_manifest, shard_name, verify_checksums
 from retro_jax.data.text import common_root, relative_names
-from retro_jax.data.tokenizer import Tokenizer
+from retro_jax.data.tokenizer import PAD_ID, Tokenizer
 from retro_jax.errors import UserError
 
 TOKENIZER_FILE = "tokenizer.model"
@@ -71,6 +71,8 @@ def build_corpus(
         for path, shard in zip(inputs, excluded, strict=True)
     ]
     settings = {"chunk_length": chunk_length, "skip_bad": skip_bad, "vocab_size": tokenizer.vocab_size}
+    if tokenizer.pad_id != PAD_ID:
+        settings["pad_id"] = tokenizer.pad_id
     with Stage(directory, "corpus", settings=settings, inputs=fingerprints) as stage:
         if stage.complete:
             return stage.manifest
@@ -137,7 +139,7 @@ class Corpus:
     Attributes:
       directory, manifest, fingerprint: of the stage.
       chunk_length: M.
-      vocab_size: V.
+      vocab_size, pad_id: of the tokenizer.
       tokenizer_fingerprint: of the tokenizer it was made with.
       num_chunks, num_documents, num_bytes, num_tokens: totals; tokens count BOS and EOS, not PAD.
       shard_offsets: int64 [shards + 1], global id of each shard's first chunk.
@@ -160,6 +162,7 @@ class Corpus:
         self.fingerprint = self.manifest.fingerprint
         self.chunk_length: int = self.manifest.settings["chunk_length"]
         self.vocab_size: int = self.manifest.settings["vocab_size"]
+        self.pad_id: int = self.manifest.settings.get("pad_id", PAD_ID)
         self.tokenizer_fingerprint: str = self.manifest.inputs["tokenizer"]
         counts = self.manifest.counts
         self.num_chunks: int = counts["chunks"]
@@ -180,7 +183,7 @@ class Corpus:
 
     def tokens(self, ids: np.ndarray | int) -> np.ndarray:
         """int32 [..., M]: tokens of the chunks; PAD behind the last one of a document and for -1."""
-        return self._gather(ids, "tokens", np.int32, Tokenizer.pad_id)
+        return self._gather(ids, "tokens", np.int32, self.pad_id)
 
     def lengths(self, ids: np.ndarray | int) -> np.ndarray:
         """int32 [...]: tokens in the chunks, without PAD."""

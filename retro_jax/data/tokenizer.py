@@ -1,9 +1,10 @@
-"""SentencePiece without loss: `decode(encode(text)) == text` for every string, and the bytes of each token are known.
+"""Tokens without loss: `decode(encode(text)) == text` for every string, and the bytes of each token are known.
 
 Three things make it so. Bytes of characters outside the vocabulary become byte pieces. The text is not normalised, no
-space is put before it, none is removed. And U+2581, which SentencePiece writes for a space inside its pieces, is spelt
-as its three byte pieces when it stands in the text itself. Decoding joins the bytes of the pieces, so bits per byte
-are exact: `token_bytes` says how many UTF-8 bytes of the text each token stands for.
+space is put before it, none is removed (`vocabularies` sees to it with tokenizers that others trained). And U+2581,
+which SentencePiece writes for a space inside its pieces, is spelt as its three byte pieces when it stands in the text
+itself. Decoding joins the bytes of the pieces, so bits per byte are exact: `token_bytes` says how many UTF-8 bytes of
+the text each token stands for.
 """
 
 import io
@@ -17,12 +18,12 @@ import numpy as np
 import sentencepiece
 
 from retro_jax.data.stage import atomic_write, file_sha256
+from retro_jax.data.vocabularies import PROBE, SPACE_MARK, lossy, read_vocabulary
 from retro_jax.errors import UserError
 
 PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
 MODEL_TYPES = ("unigram", "bpe")
 
-_SPACE_MARK = "\u2581"
 # Always pieces of their own, whatever the text trained on.
 _WHITESPACE_PIECES = ["\n", "\n\n", "\t"]
 # The trainer drops a sentence with one of its reserved characters (tab, U+2585) and one longer than its limit.
@@ -33,7 +34,6 @@ _PART_CHARACTERS = 4096
 _MAX_PART_CHARACTERS = 65_536
 _PARTS_AT_ONCE = 64  # their tokens are Python objects for a while
 _LINE_END = re.compile("\n+")
-_PROBE = " a  b\n\n\tc\u2581\U0001f600\x00 <s> "
 
 
 def train_tokenizer(
@@ -100,50 +100,36 @@ def train_tokenizer(
 
 
 class Tokenizer:
-    """A trained SentencePiece model, read from a file.
+    """A tokenizer read from a file: a SentencePiece model, or the JSON of the tokenizers library.
 
     Attributes:
       path: the file.
-      vocab_size: V.
-      pad_id, bos_id, eos_id, unk_id: 0, 1, 2, 3; `encode` produces none of them.
+      vocab_size: V, PAD included.
+      pad_id, bos_id, eos_id, unk_id: of special tokens, which `encode` does not produce: 0, 1, 2, 3 in a model of
+        `train_tokenizer`. Where a tokenizer has no PAD it is the last id, V - 1; unk_id is -1 where there is none.
     """
 
-    pad_id = PAD_ID
-    bos_id = BOS_ID
-    eos_id = EOS_ID
-    unk_id = UNK_ID
-
     def __init__(self, path: str | Path) -> None:
-        """Loads the model.
+        """Reads the file.
 
         Raises:
-          UserError: no such file, not a SentencePiece model, or one that loses text (normalises, has no byte pieces)
-            or numbers its special tokens otherwise.
+          UserError: no such file, not a tokenizer, or one that loses text (normalises, has no byte pieces).
         """
         self.path = Path(path)
         if not self.path.is_file():
             raise UserError(f"{self.path}: no such tokenizer file; make one with tools/train_tokenizer.py")
-        try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
-        except (RuntimeError, OSError):
-            raise UserError(f"{self.path}: not a SentencePiece model; make one with tools/train_tokenizer.py") from None
-        processor = self._processor
-        self.vocab_size: int = processor.get_piece_size()
-        specials = (processor.pad_id(), processor.bos_id(), processor.eos_id(), processor.unk_id())
-        if specials != (PAD_ID, BOS_ID, EOS_ID, UNK_ID):
-            raise UserError(
-                f"{self.path}: PAD, BOS, EOS, unknown have ids {specials}, needed are 0, 1, 2, 3; "
-                "make a tokenizer with tools/train_tokenizer.py"
-            )
-        self._bytes = [self._bytes_of(token) for token in range(self.vocab_size)]
-        byte_ids = {self._bytes[token]: token for token in range(self.vocab_size) if processor.is_byte(token)}
-        if len(byte_ids) == 256:
-            self._space_mark_ids = [byte_ids[bytes([byte])] for byte in _SPACE_MARK.encode()]
-        if len(byte_ids) < 256 or self.decode(self.encode(_PROBE)) != _PROBE:
-            raise UserError(
-                f"{self.path}: this model does not give every text back (it needs byte fallback, identity "
-                "normalisation and no dummy prefix); make a tokenizer with tools/train_tokenizer.py"
-            )
+        vocabulary = read_vocabulary(self.path)
+        self._bytes, self._encode = vocabulary.bytes, vocabulary.encode
+        self._marks_spaces, self._whole = vocabulary.marks_spaces, vocabulary.whole
+        self.vocab_size = len(self._bytes)
+        self.pad_id, self.bos_id = vocabulary.pad_id, vocabulary.bos_id
+        self.eos_id, self.unk_id = vocabulary.eos_id, vocabulary.unk_id
+        self._space_mark_ids: list[int] = []
+        if self._marks_spaces:
+            single = {piece: token for token, piece in reversed(list(enumerate(self._bytes))) if len(piece) == 1}
+            self._space_mark_ids = [single[bytes([byte])] for byte in SPACE_MARK.encode()]
+        if self.decode(self.encode(PROBE)) != PROBE:
+            raise lossy(self.path, "it needs byte fallback, identity normalisation and no dummy prefix")
 
     @cached_property
     def fingerprint(self) -> str:
@@ -176,12 +162,12 @@ class Tokenizer:
             except UnicodeEncodeError:
                 raise UserError("the text holds a lone surrogate, or bytes that are not UTF-8") from None
         ids: list[np.ndarray] = [np.zeros(0, np.int32)]
-        for position, plain in enumerate(text.split(_SPACE_MARK)):
+        for position, plain in enumerate(text.split(SPACE_MARK) if self._marks_spaces else [text]):
             if position:
                 ids.append(np.array(self._space_mark_ids, np.int32))
-            parts = _parts(plain)
+            parts = [plain] if len(plain) < self._whole else _parts(plain)
             for start in range(0, len(parts), _PARTS_AT_ONCE):
-                encoded = self._processor.encode(parts[start : start + _PARTS_AT_ONCE], num_threads=1)
+                encoded = self._encode(parts[start : start + _PARTS_AT_ONCE])
                 ids += [np.array(part, np.int32) for part in encoded]
         return np.concatenate(ids)
 
@@ -192,15 +178,6 @@ class Tokenizer:
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of the tokens; bytes that are not UTF-8 (a character cut in two) become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
-
-    def _bytes_of(self, token: int) -> bytes:
-        processor = self._processor
-        if processor.is_control(token) or processor.is_unknown(token) or processor.is_unused(token):
-            return b""
-        piece = processor.id_to_piece(token)
-        if processor.is_byte(token):
-            return bytes([int(piece[3:5], 16)])
-        return piece.replace(_SPACE_MARK, " ").encode()
 
 
 def _parts(text: str) -> list[str]:

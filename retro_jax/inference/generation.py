@@ -12,7 +12,6 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from retro_jax.config import RetroConfig
-from retro_jax.data.tokenizer import BOS_ID, PAD_ID, UNK_ID
 from retro_jax.inference.decoding import Choice, choose
 from retro_jax.model.incremental import Distances, Incremental, State, split_incremental
 from retro_jax.parallel import rules
@@ -71,7 +70,8 @@ class Programs:
         self._config = config
         self._mesh = mesh
         ids = np.arange(config.vocab_size)
-        self._never = np.isin(ids, (PAD_ID, BOS_ID, UNK_ID)) | (ids >= vocab_size)  # never a target in training
+        special = {config.pad_id, config.bos_id, config.unk_id} - {config.eos_id}
+        self._never = np.isin(ids, list(special)) | (ids >= vocab_size)  # never a target in training
         graphdef = None
 
         def lay_out(params: nnx.State) -> nnx.State:
@@ -136,7 +136,7 @@ class Programs:
         def feed(chunk: jax.Array, state: State) -> State:
             first = chunk * length
             piece = jax.lax.dynamic_slice_in_dim(tokens, first, length, axis=1)
-            piece = jnp.where(first + jnp.arange(length) < slot, piece, PAD_ID)
+            piece = jnp.where(first + jnp.arange(length) < slot, piece, self._config.pad_id)
             near = None
             if neighbours is not None:
                 near = jax.lax.dynamic_index_in_dim(neighbours, chunk, axis=1, keepdims=False)

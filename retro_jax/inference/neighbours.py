@@ -145,6 +145,6 @@ def fit(given: np.ndarray | Sequence[Sequence[int]], config: RetroConfig, k: int
         if len(neighbour) > config.neighbour_length:
             raise UserError(f"a given neighbour has {len(neighbour)} tokens, the model reads {config.neighbour_length}")
         tokens[rank, : len(neighbour)] = neighbour
-    if tokens.min() < 0 or tokens.max() >= config.vocab_size:
+    if tokens.min() < 0 or (tokens[tokens != config.pad_id] >= config.vocab_size).any():
         raise UserError(f"given neighbours hold token ids outside 0 to {config.vocab_size - 1}")
     return tokens

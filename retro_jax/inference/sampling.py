@@ -13,7 +13,6 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from retro_jax.config import RetroConfig
-from retro_jax.data.tokenizer import BOS_ID, EOS_ID, PAD_ID
 from retro_jax.errors import UserError
 from retro_jax.inference.decoding import Choice, Decoding
 from retro_jax.inference.generation import Programs, Rows
@@ -141,13 +140,13 @@ class Sampler:
         if retrieving and self._config.is_baseline:
             raise UserError("this model is a baseline without chunked cross-attention; it takes no neighbours")
         source = Source(self._config, self._retriever, self._k, self._on_failure)
-        rows = [_Row(request, self._left_pad and retrieving, self._config.chunk_length) for request in requests]
+        rows = [_Row(request, self._left_pad and retrieving, self._config) for request in requests]
         longest = max((len(row.tokens) for row in rows), default=0) + max_new_tokens
         if self._left_pad and retrieving:
             longest += self._config.chunk_length
         slots = count_slots(longest, chunk_length=self._config.chunk_length, most=self._max_context)
         batch = _Batch(self._config, self._programs, rows, source if retrieving else None, self._k, slots)
-        choice, end_token = decoding.choice(), EOS_ID if stop_at_end else -1
+        choice, end_token = decoding.choice(), self._config.eos_id if stop_at_end else -1
         anew = self._step if retrieving and self._step < self._config.chunk_length else max_new_tokens
         burst = burst or self._config.chunk_length
         while any(row.live for row in rows):
@@ -169,14 +168,14 @@ class Sampler:
 class _Row:
     """A text on the host: PAD where it is padded, the start token, prompt and generated tokens."""
 
-    def __init__(self, request: Request, left_pad: bool, chunk_length: int) -> None:
+    def __init__(self, request: Request, left_pad: bool, config: RetroConfig) -> None:
         self.request = request
-        self.tokens: list[int] = [BOS_ID, *request.prompt]
+        self.tokens: list[int] = [config.bos_id, *request.prompt]
         self.log_probabilities: list[float] = [0.0] * len(self.tokens)
         self.live = True
         self.pad = 0
         self._told = self._prompt = len(self.tokens)
-        self._left_pad, self._chunk_length = left_pad, chunk_length
+        self._left_pad, self._config = left_pad, config
         self._retrieved: list[RetrievedChunk] = []
         self._reported = 0  # tokens up to the end of the last chunk whose neighbours were told
         self.align()
@@ -184,10 +183,10 @@ class _Row:
     def align(self) -> None:
         """Pads so that the text ends with a chunk, where that is asked for."""
         if self._left_pad:
-            self.pad = -len(self.tokens) % self._chunk_length
+            self.pad = -len(self.tokens) % self._config.chunk_length
 
     def padded(self) -> list[int]:
-        return [PAD_ID] * self.pad + self.tokens
+        return [self._config.pad_id] * self.pad + self.tokens
 
     def note(self, retrieved: RetrievedChunk) -> None:
         if retrieved.end > self._reported:
@@ -237,7 +236,7 @@ class _Batch:
         where = place([len(tokens) for tokens in padded], chunk_length=length, slots=self._slots)
         self._where, self._slot, self._anew = where, where.slot, max(where.ends) - 1 + anew
         self._last = [end - 1 + max_new_tokens - row.generated for end, row in zip(where.ends, rows, strict=True)]
-        self._tokens = np.full((self._size, self._slots + 1), PAD_ID, np.int32)
+        self._tokens = np.full((self._size, self._slots + 1), self._config.pad_id, np.int32)
         seen = np.zeros((self._size, self._config.vocab_size), bool)
         for index, row in enumerate(rows):
             kept = padded[index][where.dropped[index] :]
@@ -253,7 +252,7 @@ class _Batch:
             # Also of the chunk that ends with the next slot, so that the retriever is asked once.
             found = self._find(range((self._slot + 1) // length))
             shape = (self._size, self._slots // length, self._k, self._config.neighbour_length)
-            neighbours = np.full(shape, PAD_ID, np.int32)
+            neighbours = np.full(shape, self._config.pad_id, np.int32)
             for (index, chunk), each in found.items():
                 if (chunk + 1) * length <= self._slot:
                     neighbours[index, chunk] = each.tokens
@@ -268,7 +267,9 @@ class _Batch:
         if slot % length == length - 1:
             neighbours = None
             if self._source is not None:
-                neighbours = np.full((self._size, self._k, self._config.neighbour_length), PAD_ID, np.int32)
+                neighbours = np.full(
+                    (self._size, self._k, self._config.neighbour_length), self._config.pad_id, np.int32
+                )
                 for (index, _), each in self._find([slot // length]).items():
                     neighbours[index] = each.tokens
             carry = self._programs.end_chunk(carry, self._fixed, choice, done, neighbours)
@@ -294,7 +295,7 @@ class _Batch:
         for chunk in chunks:
             for index, row in enumerate(self._rows):
                 tokens = self._tokens[index, chunk * length : (chunk + 1) * length]
-                if row.live and (tokens != PAD_ID).any():
+                if row.live and (tokens != self._config.pad_id).any():
                     end = (chunk + 1) * length - self._origin(index)
                     number = (end + row.pad) // length - 1
                     places.append((index, chunk))

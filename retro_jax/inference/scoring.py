@@ -10,7 +10,6 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from retro_jax.config import RetroConfig
-from retro_jax.data.tokenizer import BOS_ID, PAD_ID
 from retro_jax.errors import UserError
 from retro_jax.evaluation.windows import document_windows
 from retro_jax.inference.neighbours import Given, RetrievedChunk, Retriever, Source, Wanted
@@ -81,7 +80,7 @@ class Scorer:
           UserError: neighbours to a baseline, or that do not fit; what the retriever raises.
         """
         length = self._config.chunk_length
-        text = np.asarray([BOS_ID, *tokens], np.int32)
+        text = np.asarray([self._config.bos_id, *tokens], np.int32)
         retrieved: list[RetrievedChunk] = []
         retrieving = retrieve and (self._retriever is not None or bool(given))
         if retrieving:
@@ -97,12 +96,13 @@ class Scorer:
         stride = max(self._max_context // length // 2, 1) * length
         for window in document_windows(0, len(text), window=self._max_context, stride=stride):
             size = count_slots(window.length, chunk_length=length, most=self._max_context)
-            inputs, labels = np.full((2, 1, size), PAD_ID, np.int32)
+            inputs, labels = np.full((2, 1, size), self._config.pad_id, np.int32)
             inputs[0, : window.length] = text[window.start :][: window.length]
             labels[0, : window.length] = text[window.start + 1 :][: window.length]
             neighbours = None
             if retrieving:
-                neighbours = np.full((1, size // length, self._k, self._config.neighbour_length), PAD_ID, np.int32)
+                shape = (1, size // length, self._k, self._config.neighbour_length)
+                neighbours = np.full(shape, self._config.pad_id, np.int32)
                 first = window.start // length
                 for chunk in retrieved[first : first + window.length // length]:
                     neighbours[0, chunk.chunk - first] = chunk.tokens

@@ -3,10 +3,13 @@
 from retro_jax.model.layers import logical_axes
 from retro_jax.model.parameters import (
     abstract_parameters,
+    assemble,
     count_parameters,
     from_layers,
+    layer_reader,
     layer_shapes,
     matrix_parameters,
+    replace_layers,
     to_layers,
 )
 from retro_jax.model.presets import PRESETS, every_third, preset
@@ -16,12 +19,15 @@ __all__ = [
     "PRESETS",
     "Retro",
     "abstract_parameters",
+    "assemble",
     "count_parameters",
     "every_third",
     "from_layers",
+    "layer_reader",
     "layer_shapes",
     "logical_axes",
     "matrix_parameters",
     "preset",
+    "replace_layers",
     "to_layers",
 ]

@@ -17,23 +17,30 @@ from jax.ad_checkpoint import checkpoint_name
 
 from retro_jax.config import RetroConfig
 from retro_jax.model.layers import (
+    PAPER,
+    Form,
     RMSNorm,
     Stream,
     compute_dtype,
     linear,
+    norm_of,
     normal,
+    plus,
     product,
     residual_scale,
     statistics_dtype,
     weight,
+    zeros,
 )
+from retro_jax.model.relative import sinusoid, skew
+from retro_jax.model.rotary import rotate, rotation
 from retro_jax.parallel import rules
 
 
 class Positions(NamedTuple):
     """What an attention needs to know about where its queries and keys lie; the same for every layer of a stack.
 
-    With neither, positions do not count (`config.cross_positions`).
+    With neither, positions do not count (`config.cross_positions`), or stand in the input (`config.positions` learned).
 
     Attributes:
       sinusoids: transformer_xl: [P, D] vectors of the distinct distances, descending; [C, P, D] when the queries are
@@ -64,18 +71,20 @@ def positions(
       head_size: H, for rope.
       queries, keys: I and J.
       offset: distance of query 0 and key 0.
-      causal: only distances >= 0 are needed (I == J, offset 0); halves the positional product.
+      causal: decoder self-attention: only distances >= 0 are needed (I == J, offset 0); halves the positional product.
       parts: C, equal parts that the queries of a causal attention are cut into.
     """
     dtype = statistics_dtype(config)
     if config.positions == "rope":
-        return Positions(
-            None,
-            (
-                rotation(jnp.arange(queries) + offset, head_size, config.rope_theta, dtype),
-                rotation(jnp.arange(keys), head_size, config.rope_theta, dtype),
-            ),
+        # A neighbour is never as far away as contexts are long, so nothing is scaled in cross-attention.
+        scaling = config.rope_scaling if causal else None
+        at_queries, at_keys = (
+            rotation(places, head_size, config.rope_theta, dtype, scaling)
+            for places in (jnp.arange(queries) + offset, jnp.arange(keys))
         )
+        return Positions(None, (at_queries, at_keys))
+    if config.positions == "learned" and causal:
+        return Positions()
     # The table ends with a distance that no pair has: skew() needs one column more.
     count = keys + 1 if causal else queries + keys
     if parts > 1:
@@ -84,74 +93,6 @@ def positions(
     else:
         distances = (queries - 1 + offset) - jnp.arange(count)
     return Positions(sinusoid(distances, query_width, dtype), None)
-
-
-def sinusoid(distances: jax.Array, width: int, dtype: jnp.dtype = jnp.float32) -> jax.Array:
-    """R(delta) = concat(sin(delta w_a), cos(delta w_a)), w_a = 10000^(-2a/D), of distances [..., P]: [..., P, D]
-    (Dai et al. 2019)."""
-    frequencies = 10_000.0 ** (-jnp.arange(0, width, 2, dtype=dtype) / width)
-    angles = distances.astype(dtype)[..., None] * frequencies
-    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
-
-
-def rotation(places: jax.Array, head_size: int, theta: float, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    """(cos, sin) of the rotary angles, each [P, H/2]."""
-    frequencies = theta ** (-jnp.arange(0, head_size, 2, dtype=dtype) / head_size)
-    angles = places.astype(dtype)[:, None] * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates the pairs (a, a + H/2) of x [..., P, H] by `angles`; the product of two depends on distance only."""
-    cos, sin = angles
-    first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
-def skew(products: jax.Array, keys: int) -> jax.Array:
-    """Aligns products with descending distances to keys: out[..., i, j] = products[..., i, j + I - 1 - i].
-
-    Read row after row with a stride one shorter, each row starts one distance later, which is the shift wanted:
-    slices and a reshape instead of a gather.
-
-    Args:
-      products: [..., I, P]; column p belongs to distance d_0 - p. P is I + J, or J + 1 when causal.
-      keys: J.
-
-    Returns:
-      [..., I, J]. With P = J + 1 the entries with j > i + (J - I) are meaningless and must be masked.
-    """
-    return _skew(products, keys, products.shape[-1])
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _skew(products: jax.Array, keys: int, distances: int) -> jax.Array:
-    *lead, queries, _ = products.shape
-    flat = products.reshape(*lead, queries * distances)
-    if distances == keys + 1:
-        return flat[..., queries - 1 : queries - 1 + queries * keys].reshape(*lead, queries, keys)
-    rows = flat[..., : queries * (distances - 1)].reshape(*lead, queries, distances - 1)
-    return rows[..., queries - 1 :]
-
-
-def unskew(logits: jax.Array, distances: int) -> jax.Array:
-    """The transpose of `skew`: [..., I, J] to [..., I, P], 0 where `skew` takes nothing."""
-    *lead, queries, keys = logits.shape
-    zero, whole = jnp.zeros((), logits.dtype), [(0, 0, 0)] * len(lead)
-    if distances == keys + 1:
-        flat = jax.lax.pad(logits.reshape(*lead, queries * keys), zero, [*whole, (queries - 1, 1, 0)])
-    else:
-        # The row below makes room for the shorter stride.
-        rows = jax.lax.pad(logits, zero, [*whole, (0, 1, 0), (queries - 1, 0, 0)])
-        flat = rows.reshape(*lead, -1)[..., : queries * distances]
-    return flat.reshape(*lead, queries, distances)
-
-
-# By hand, for one padding instead of the two that JAX's own transpose takes.
-_skew.defvjp(
-    lambda products, keys, distances: (_skew(products, keys, distances), None),
-    lambda keys, distances, _, cotangent: (unskew(cotangent, distances),),
-)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -190,16 +131,38 @@ def causal_blocks(length: int, smallest: int = 64, most: int = 4) -> list[tuple[
     return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def causal_mask(queries: jax.Array, keys: int) -> jax.Array:
-    """Which of the keys 0..J-1 the queries at these places [..., I] may see: bool [..., I, 1, J]."""
-    return (queries[..., None] >= jnp.arange(keys))[..., None, :]
+def causal_mask(queries: jax.Array, keys: int, window: int = 0) -> jax.Array:
+    """Which of the keys 0..J-1 the queries at these places [..., I] may see: bool [..., I, 1, J].
+
+    With a window only the last so many, the query's own place included.
+    """
+    seen = queries[..., None] >= jnp.arange(keys)
+    if window:
+        seen &= queries[..., None] - jnp.arange(keys) < window
+    return seen[..., None, :]
+
+
+class LowRank(nnx.Module):
+    """What LoRA adds to a projection [D, N, H]: up(down(x)) over a rank r, 0 at first (Hu et al. 2021, section 4.1)."""
+
+    def __init__(self, config: RetroConfig, source: Stream, rank: int, heads: tuple[int, int], key: jax.Array):
+        dtype = statistics_dtype(config)
+        self.down = normal(key, (source.width, rank), (source.axis, "rank"), 1 / math.sqrt(source.width), dtype)
+        self.up = zeros((rank, *heads), ("rank", "heads", "head"), dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] to [N, ..., H]."""
+        up = weight(self.up, x.dtype)
+        added = linear(linear(x, weight(self.down, x.dtype)), up.reshape(up.shape[0], -1))
+        return jnp.moveaxis(added.reshape(*x.shape[:-1], *up.shape[1:]), -2, 0)
 
 
 class Attention(nnx.Module):
     """Projections of one attention and `attend`, shared by the four kinds.
 
     Parameters: query [D, N, H], key and value [C, N, H], output [N, H, D]; transformer_xl adds relative W_R [D, N, H]
-    and the biases content_bias u and position_bias v [N, H], where positions count.
+    and the biases content_bias u and position_bias v [N, H], where positions count. A `Form` may have fewer heads of
+    keys and values, a bias behind each projection (query_bias [N, H], output_bias [D], …), norms of queries and keys.
     """
 
     def __init__(
@@ -213,20 +176,22 @@ class Attention(nnx.Module):
         num_layers: int,
         key: jax.Array,
         relative: bool = True,
+        form: Form = PAPER,
     ):
-        """`num_layers` is the depth of the residual stream that the output adds to; without `relative` positions do
-        not count."""
+        """`num_layers` is the depth of the residual stream that the output adds to; without `relative` there are no
+        keys of distances."""
         dtype = statistics_dtype(config)
-        heads = (num_heads, head_size)
+        heads, pairs = (num_heads, head_size), (form.kv_heads or num_heads, head_size)
         from_queries, from_source = (queries.axis, "heads", "head"), (source.axis, "heads", "head")
         self.compute = compute_dtype(config)
         self.statistics = dtype
         self.scale = 1 / math.sqrt(head_size)
         query, keys, value, output, distances = jax.random.split(key, 5)
-        self.norm = RMSNorm(config, queries)
+        self.window = form.window
+        self.norm = norm_of(form, config, queries)
         self.query = normal(query, (queries.width, *heads), from_queries, config.init_scale, dtype)
-        self.key = normal(keys, (source.width, *heads), from_source, config.init_scale, dtype)
-        self.value = normal(value, (source.width, *heads), from_source, config.init_scale, dtype)
+        self.key = normal(keys, (source.width, *pairs), from_source, config.init_scale, dtype)
+        self.value = normal(value, (source.width, *pairs), from_source, config.init_scale, dtype)
         self.output = normal(
             output,
             (*heads, queries.width),
@@ -234,10 +199,23 @@ class Attention(nnx.Module):
             residual_scale(config, num_layers),
             dtype,
         )
-        if relative and config.positions == "transformer_xl":
+        biased = {"none": (), "qkv": ("query", "key", "value"), "all": ("query", "key", "value", "output")}
+        biased = biased[form.attention_biases]
+        self.query_bias, self.key_bias, self.value_bias = (
+            zeros(shape, ("heads", "head"), dtype) if name in biased else None
+            for name, shape in (("query", heads), ("key", pairs), ("value", pairs))
+        )
+        self.output_bias = zeros((queries.width,), (queries.axis,), dtype) if "output" in biased else None
+        self.query_lora, self.value_lora = (
+            LowRank(config, source, form.lora_rank, shape, jax.random.fold_in(key, number)) if form.lora_rank else None
+            for number, shape in ((5, heads), (6, pairs))
+        )
+        of_heads = Stream(head_size, "head")
+        self.query_norm, self.key_norm = (RMSNorm(config, of_heads) if form.qk_norm else None for _ in range(2))
+        if relative and config.positions != "rope":
             self.relative = normal(distances, (queries.width, *heads), from_queries, config.init_scale, dtype)
-            self.content_bias = nnx.Param(jnp.zeros(heads, dtype), axes=("heads", "head"))
-            self.position_bias = nnx.Param(jnp.zeros(heads, dtype), axes=("heads", "head"))
+            self.content_bias = zeros(heads, ("heads", "head"), dtype)
+            self.position_bias = zeros(heads, ("heads", "head"), dtype)
 
     def attend(
         self, x: jax.Array, source: jax.Array, valid: jax.Array, where: Positions, *, causal: bool = False
@@ -254,9 +232,9 @@ class Attention(nnx.Module):
         Returns:
           [B..., X, I, D]; exactly 0 for a query that may see no key.
         """
-        query = checkpoint_name(self.heads(x, self.query), "query")
-        key = checkpoint_name(self.heads(source, self.key), "key")
-        value = checkpoint_name(self.heads(source, self.value), "value")
+        query = checkpoint_name(self.queries(x), "query")
+        key = checkpoint_name(self.keys(source), "key")
+        value = checkpoint_name(self.values(source), "value")
         if where.rotations is not None:
             rotate_query, rotate_key = where.rotations
             content, position, relative = rotate(query * self.scale, rotate_query), None, None
@@ -267,13 +245,16 @@ class Attention(nnx.Module):
             content = self.biased(query, self.content_bias)
             position = self.biased(query, self.position_bias)
             relative = checkpoint_name(self.heads(where.sinusoids.astype(self.compute), self.relative), "relative")
+        # Query heads that share their keys are as many more groups of queries.
+        shared = query.shape[0] // key.shape[0]
+        content = share(content, shared)
         if not causal:
             heads = self._mix(content, position, relative, key, value, valid[..., None, None, :, :])
         elif rules.axis_size("context") == 1:
             heads = self._mix_blocks(content, position, relative, key, value, valid)
         else:
             heads = self._mix_parts(content, position, relative, key, value, valid)
-        return self.project(checkpoint_name(heads, "mixed"))
+        return self.project(checkpoint_name(unshare(heads, shared), "mixed"))
 
     def _mix_blocks(
         self,
@@ -292,7 +273,7 @@ class Attention(nnx.Module):
                 None if relative is None else relative[:, -(stop + 1) :],
                 key[..., :stop, :],
                 value[..., :stop, :],
-                valid[..., None, None, :, :stop] & causal_mask(jnp.arange(start, stop), stop),
+                valid[..., None, None, :, :stop] & causal_mask(jnp.arange(start, stop), stop, self.window),
             )
             for start, stop in causal_blocks(content.shape[-2])
         ]
@@ -319,7 +300,7 @@ class Attention(nnx.Module):
             return rules.constrain(jnp.moveaxis(queries, -3, 0), "tokens", *lead, None, None)
 
         key, value = (rules.constrain(x, *lead, None, None) for x in (key, value))
-        mask = causal_mask(jnp.arange(length).reshape(parts, -1), length)
+        mask = causal_mask(jnp.arange(length).reshape(parts, -1), length, self.window)
         mask = valid[..., None, None, :, :] & mask.reshape(parts, *(1,) * (valid.ndim - 2), 1, -1, 1, length)
         mixed = jax.vmap(lambda *part: self._mix(*part[:3], key, value, part[3]))(
             cut(content),
@@ -358,13 +339,31 @@ class Attention(nnx.Module):
         """The heads' means [N, ..., H] to what they add to the query stream, [..., D]."""
         output = weight(self.output, self.compute)
         heads = jnp.moveaxis(heads, 0, -2).reshape(*heads.shape[1:-1], -1)
-        return checkpoint_name(linear(heads, output.reshape(-1, output.shape[-1])), "added")
+        added = plus(linear(heads, output.reshape(-1, output.shape[-1])), self.output_bias)
+        return checkpoint_name(added, "added")
 
-    def heads(self, x: jax.Array, kernel: nnx.Param) -> jax.Array:
+    def queries(self, x: jax.Array) -> jax.Array:
+        """[..., D] to [N, ..., H]."""
+        query = self.heads(x, self.query, self.query_bias)
+        query = query if self.query_lora is None else query + self.query_lora(x)
+        return query if self.query_norm is None else self.query_norm(query)
+
+    def keys(self, source: jax.Array) -> jax.Array:
+        """[..., C] to [N, ..., H], before rotation; N heads of keys and values."""
+        key = self.heads(source, self.key, self.key_bias)
+        return key if self.key_norm is None else self.key_norm(key)
+
+    def values(self, source: jax.Array) -> jax.Array:
+        """[..., C] to [N, ..., H]."""
+        value = self.heads(source, self.value, self.value_bias)
+        return value if self.value_lora is None else value + self.value_lora(source)
+
+    def heads(self, x: jax.Array, kernel: nnx.Param, bias: nnx.Param | None = None) -> jax.Array:
         """[..., D] to [N, ..., H]."""
         kernel = weight(kernel, self.compute)
         width, *heads = kernel.shape
-        return jnp.moveaxis(linear(x, kernel.reshape(width, -1)).reshape(*x.shape[:-1], *heads), -2, 0)
+        each = linear(x, kernel.reshape(width, -1)).reshape(*x.shape[:-1], *heads)
+        return jnp.moveaxis(plus(each, bias), -2, 0)
 
     def biased(self, query: jax.Array, bias: nnx.Param) -> jax.Array:
         """(q + bias) / sqrt(H) of q [N, ..., H]."""
@@ -372,11 +371,38 @@ class Attention(nnx.Module):
         return (query + bias.astype(self.compute)) * self.scale
 
 
+def share(queries: jax.Array, count: int) -> jax.Array:
+    """[N, B..., X, I, H] to [N / count, B..., count X, I, H]: heads that follow each other share keys and values."""
+    if count == 1:
+        return queries
+    heads, *batch, groups, length, size = queries.shape
+    queries = jnp.moveaxis(queries.reshape(heads // count, count, *batch, groups, length, size), 1, -4)
+    return queries.reshape(heads // count, *batch, count * groups, length, size)
+
+
+def unshare(mixed: jax.Array, count: int) -> jax.Array:
+    """Inverse of `share`."""
+    if count == 1:
+        return mixed
+    heads, *batch, groups, length, size = mixed.shape
+    mixed = jnp.moveaxis(mixed.reshape(heads, *batch, count, groups // count, length, size), -4, 1)
+    return mixed.reshape(heads * count, *batch, groups // count, length, size)
+
+
 class SelfAttention(Attention):
     """ATTN of paper section 2.4 (causal, decoder) and of the encoder (bidirectional), with its norm and residual."""
 
     def __init__(
-        self, config: RetroConfig, stream: Stream, num_heads: int, head_size: int, num_layers: int, key: jax.Array
+        self,
+        config: RetroConfig,
+        stream: Stream,
+        num_heads: int,
+        head_size: int,
+        num_layers: int,
+        key: jax.Array,
+        *,
+        relative: bool = True,
+        form: Form = PAPER,
     ):
         super().__init__(
             config,
@@ -386,6 +412,8 @@ class SelfAttention(Attention):
             head_size=head_size,
             num_layers=num_layers,
             key=key,
+            relative=relative,
+            form=form,
         )
 
     def __call__(self, x: jax.Array, valid: jax.Array, where: Positions, *, causal: bool) -> jax.Array:

@@ -14,7 +14,7 @@ from flax import nnx
 from retro_jax.config import RetroConfig
 from retro_jax.model.attention import Positions, SelfAttention, positions
 from retro_jax.model.chunked_cross_attention import ChunkedCrossAttention, Memory, cca_positions
-from retro_jax.model.layers import FeedForward, RMSNorm, decoder_stream, remat, stacked, take
+from retro_jax.model.layers import FeedForward, decoder_form, decoder_stream, norm_of, remat, stacked, take
 from retro_jax.parallel import rules
 
 
@@ -131,10 +131,12 @@ class Decoder(nnx.Module):
         # Drawn for all layers at once and then laid out: a layer's initial parameters depend on the seed and its
         # number, not on P, and a baseline starts from the same ones as RETRO.
         keys = jax.random.split(key, 3)
+        form, relative = decoder_form(config), config.positions == "transformer_xl"
+        heads = (config.num_heads, config.head_size)
         attention = stacked(
-            lambda key: SelfAttention(config, stream, config.num_heads, config.head_size, depth, key), keys[0], depth
+            lambda key: SelfAttention(config, stream, *heads, depth, key, relative=relative, form=form), keys[0], depth
         )
-        ffw = stacked(lambda key: FeedForward(config, stream, config.ffw_width, depth, key), keys[1], depth)
+        ffw = stacked(lambda key: FeedForward(config, stream, config.ffw_width, depth, key, form), keys[1], depth)
         cca = stacked(lambda key: ChunkedCrossAttention(config, key), keys[2], len(chosen)) if chosen else None
 
         def block(run: Run, place: int) -> Block:
@@ -155,7 +157,7 @@ class Decoder(nnx.Module):
         self.before = nnx.List([segment(run) for run in plan.before])
         self.entry = Block(take(attention, plan.entry - 1), take(cca, 0), take(ffw, plan.entry - 1)) if chosen else None
         self.after = nnx.List([segment(run) for run in plan.after])
-        self.norm = RMSNorm(config, stream)
+        self.norm = norm_of(form, config, stream)
 
     def context(self, valid: jax.Array) -> Context:
         """For tokens of validity [B, T], without memory."""

@@ -12,12 +12,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from retro_jax.config import RetroConfig
-from retro_jax.model.attention import Attention, masked_softmax, rotate, rotation, sinusoid, skew
+from retro_jax.config import RetroConfig, RopeScaling
+from retro_jax.errors import UserError
+from retro_jax.model.attention import Attention, masked_softmax, share, unshare
 from retro_jax.model.chunked_cross_attention import cca_positions
 from retro_jax.model.decoder import Block, Segment
 from retro_jax.model.layers import compute_dtype, product, statistics_dtype
+from retro_jax.model.relative import sinusoid, skew
 from retro_jax.model.retro import Retro
+from retro_jax.model.rotary import rotate, rotation
 from retro_jax.parallel import rules
 
 
@@ -57,7 +60,7 @@ class State(NamedTuple):
 
 
 class Distances(NamedTuple):
-    """Keys of the distances with transformer_xl positions, per layer; empty where positions are rotations or nothing.
+    """Keys of the distances with transformer_xl positions, per layer; empty where positions are something else.
 
     Attributes:
       past: [N, S, H] each, of the distances S - 1 to 0.
@@ -78,6 +81,7 @@ class Incremental(nnx.Module):
         config = model.config
         self.config = config
         self.embedding = model.embedding
+        self.positions = model.positions
         self.encoder_embedding = model.encoder_embedding
         self.encoder = model.encoder
         self.blocks = nnx.List(_blocks(model))
@@ -90,8 +94,10 @@ class Incremental(nnx.Module):
         config, compute = self.config, compute_dtype(self.config)
         if config.positions == "rope":
             return Distances([], [])
-        table = sinusoid(slots - 1 - jnp.arange(slots), config.width, statistics_dtype(config))
-        past = [block.attention.heads(table.astype(compute), block.attention.relative) for block in self.blocks]
+        past = []
+        if config.positions == "transformer_xl":
+            table = sinusoid(slots - 1 - jnp.arange(slots), config.width, statistics_dtype(config))
+            past = [block.attention.heads(table.astype(compute), block.attention.relative) for block in self.blocks]
         if not config.cross_positions:
             return Distances(past, [])
         start, stop = config.neighbour_range
@@ -99,12 +105,18 @@ class Incremental(nnx.Module):
         return Distances(past, [cca.heads(table.astype(compute), cca.relative) for cca in self._cross_attentions()])
 
     def empty(self, batch: int, slots: int, neighbours: int | None) -> State:
-        """The state before the first token: B rows of S slots, K neighbours, or None for OFF."""
+        """The state before the first token: B rows of S slots, K neighbours, or None for OFF.
+
+        Raises:
+          UserError: more slots than there are learned positions.
+        """
         config = self.config
         dtype = compute_dtype(config)
+        if config.max_positions and slots > config.max_positions:
+            raise UserError(f"a context of {slots} tokens is longer than the {config.max_positions} learned positions")
 
-        def stored(tokens: int) -> Stored:
-            zeros = jnp.zeros((config.num_heads, batch, tokens, config.head_size), dtype)
+        def stored(tokens: int, heads: int) -> Stored:
+            zeros = jnp.zeros((heads, batch, tokens, config.head_size), dtype)
             zeros = rules.constrain(zeros, "heads", "batch", None, None)
             return Stored(jnp.swapaxes(zeros, -1, -2), zeros)
 
@@ -112,10 +124,12 @@ class Incremental(nnx.Module):
         if neighbours is not None:
             start, stop = config.neighbour_range
             tokens = neighbours * (stop - start)
-            retrieved = Retrieved([stored(tokens) for _ in config.cca_layers], jnp.zeros((batch, tokens), bool))
+            retrieved = Retrieved(
+                [stored(tokens, config.num_heads) for _ in config.cca_layers], jnp.zeros((batch, tokens), bool)
+            )
         return State(
-            [stored(slots) for _ in self.blocks],
-            [stored(config.chunk_length) for _ in self.blocks],
+            [stored(slots, config.kv_heads) for _ in self.blocks],
+            [stored(config.chunk_length, config.kv_heads) for _ in self.blocks],
             jnp.zeros((batch, slots), bool),
             jnp.zeros((batch, config.chunk_length, config.width), dtype),
             retrieved,
@@ -156,10 +170,14 @@ class Incremental(nnx.Module):
         current = jax.lax.dynamic_slice_in_dim(valid, begin, self.config.chunk_length, axis=1)
         causal = jnp.arange(self.config.chunk_length) <= place + jnp.arange(length)[:, None]
         earlier = state.valid & (jnp.arange(valid.shape[1]) < begin)
-        earlier = jnp.broadcast_to(earlier[:, None], (len(tokens), length, valid.shape[1]))
+        earlier = jnp.broadcast_to(earlier[:, None], (tokens.shape[0], length, valid.shape[1]))
         mask = jnp.concatenate([earlier, current[:, None] & causal], axis=-1)
+        if self.config.window:
+            mask &= self._within_window(slot + jnp.arange(length), begin, valid.shape[1])
         past, chunk = list(state.past), list(state.chunk)
         x = self.embedding(tokens)
+        if self.positions is not None:
+            x += self.positions(tokens != self.config.pad_id, state.valid.sum(1, keepdims=True))
 
         def attend(x: jax.Array, index: int) -> jax.Array:
             relative = distances.past[index] if distances.past else None
@@ -202,6 +220,11 @@ class Incremental(nnx.Module):
             x = rules.constrain(block.ffw(x), "batch", "tokens", None)
         return self.norm(x), State(past, chunk, valid, hidden, after)
 
+    def _within_window(self, places: jax.Array, begin: jax.Array, slots: int) -> jax.Array:
+        """Which of S slots and of the M of the chunk that begins at `begin` the queries at `places` [I] reach."""
+        keys = jnp.concatenate([jnp.arange(slots), begin + jnp.arange(self.config.chunk_length)])
+        return places[:, None] - keys < self.config.window
+
     def logits(self, hidden: jax.Array) -> jax.Array:
         """READ of algorithm 1: hidden [..., D] to logits [..., V] float32."""
         kernel = (self.embedding.table if self.head is None else self.head)[...]
@@ -219,12 +242,12 @@ class Incremental(nnx.Module):
         memory = self.encoder(embedding(chosen), chosen != config.pad_id, hidden, hidden_valid)
         values, layers = memory.values[:, 0], []
         for cca in self._cross_attentions():
-            keys = cca.heads(values, cca.key)
+            keys = cca.keys(values)
             if config.cross_positions and config.positions == "rope":
                 keys = rotate(keys, _angles(config, jnp.arange(values.shape[-2])))
-            flat = [x.reshape(*x.shape[:2], -1, x.shape[-1]) for x in (keys, cca.heads(values, cca.value))]
+            flat = [x.reshape(*x.shape[:2], -1, x.shape[-1]) for x in (keys, cca.values(values))]
             layers.append(Stored(jnp.swapaxes(flat[0], -1, -2), flat[1]))
-        return Retrieved(layers, memory.valid.reshape(len(values), -1))
+        return Retrieved(layers, memory.valid.reshape(values.shape[0], -1))
 
 
 def split_incremental(model: Retro) -> tuple[nnx.GraphDef, nnx.State]:
@@ -277,13 +300,13 @@ def _extend(
       mask: [B, I, S + M] bool, of the past and of the chunk.
     """
     x = attention.norm(x)
-    keys, values = attention.heads(x, attention.key), attention.heads(x, attention.value)
+    keys, values = attention.keys(x), attention.values(x)
     place = slot % config.chunk_length
     angles = shift = None
     if config.positions == "rope":
-        angles = _angles(config, slot + jnp.arange(x.shape[1]))
+        angles = _angles(config, slot + jnp.arange(x.shape[1]), config.rope_scaling)
         keys = rotate(keys, angles)
-    else:
+    elif relative is not None:
         # Keys after the query are masked, so their distances need no numbers of their own.
         slots = relative.shape[1]
         shift = Shift(relative, slots - slot - x.shape[1], slots, more=slots, second=slot - place)
@@ -353,10 +376,14 @@ def _attend(
       shift: for transformer_xl.
       angles: of the queries, for rope.
     """
-    query = attention.heads(x, attention.query)
+    query = attention.queries(x)
+    shared = query.shape[0] // sources[0].keys.shape[0]
     if shift is None:
         content = query * attention.scale
         content = content if angles is None else rotate(content, angles)
+        if shared > 1:  # heads that share their keys stand as more queries
+            content = share(content[:, :, None], shared).reshape(-1, x.shape[0], shared * x.shape[1], content.shape[-1])
+            mask = jnp.tile(mask, (1, shared, 1)) if mask.shape[1] > 1 else mask
     else:
         content = attention.biased(query, attention.content_bias)
         products = product("nbih,nph->nbip", attention.biased(query, attention.position_bias), shift.table)
@@ -372,8 +399,11 @@ def _attend(
     weights = masked_softmax(jnp.concatenate(logits, axis=-1), mask, (-1,)).astype(attention.compute)
     parts = jnp.split(weights, [sizes[0]], axis=-1)
     mixed = [product("nbij,nbjh->nbih", part, source.values) for part, source in zip(parts, sources, strict=False)]
-    return attention.project(functools.reduce(jnp.add, mixed))
+    mixed = functools.reduce(jnp.add, mixed)
+    if shared > 1:
+        mixed = unshare(mixed.reshape(*mixed.shape[:2], shared, x.shape[1], -1), shared)[:, :, 0]
+    return attention.project(mixed)
 
 
-def _angles(config: RetroConfig, places: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return rotation(places, config.head_size, config.rope_theta, statistics_dtype(config))
+def _angles(config: RetroConfig, places: jax.Array, scaling: RopeScaling | None = None) -> tuple[jax.Array, jax.Array]:
+    return rotation(places, config.head_size, config.rope_theta, statistics_dtype(config), scaling)

@@ -31,6 +31,40 @@ def encoder_stream(config: RetroConfig) -> Stream:
     return Stream(config.encoder_width, "encoder_embed")
 
 
+class Form(NamedTuple):
+    """What a block is made of where it is not the paper's: fields of `RetroConfig` with the same names.
+
+    Attributes:
+      kv_heads: heads of keys and values; 0 for as many as of queries.
+    """
+
+    norm: str = "rms"
+    kv_heads: int = 0
+    qk_norm: bool = False
+    window: int = 0
+    attention_biases: str = "none"
+    ffw: str = "gelu"
+    ffw_biases: bool = False
+    lora_rank: int = 0
+
+
+PAPER = Form()
+
+
+def decoder_form(config: RetroConfig) -> Form:
+    """Of the decoder's blocks, without chunked cross-attention, which is the paper's."""
+    return Form(
+        config.norm,
+        config.kv_heads,
+        config.qk_norm,
+        config.window,
+        config.attention_biases,
+        config.ffw,
+        config.ffw_biases,
+        config.lora_rank,
+    )
+
+
 def compute_dtype(config: RetroConfig) -> jnp.dtype:
     """Of activations and of the operands of matrix products."""
     return jnp.dtype(config.dtype)
@@ -54,6 +88,16 @@ def normal(
     # Drawn flat: on a CPU the random bits of a three-dimensional array take three times as long to compile.
     values = jax.random.normal(key, (math.prod(shape),), dtype).reshape(shape)
     return nnx.Param(scale * values, axes=axes)
+
+
+def zeros(shape: Sequence[int], axes: tuple[str | None, ...], dtype: jnp.dtype) -> nnx.Param:
+    """A bias, 0 at first; `axes` as for `normal`."""
+    return nnx.Param(jnp.zeros(tuple(shape), dtype), axes=axes)
+
+
+def plus(x: jax.Array, bias: nnx.Param | None) -> jax.Array:
+    """x with a bias added along its last axes, or x."""
+    return x if bias is None else x + bias[...].astype(x.dtype)
 
 
 def weight(param: nnx.Param, dtype: jnp.dtype) -> jax.Array:
@@ -251,22 +295,68 @@ def _gelu_and_slope(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return 0.5 * x * (1 + bend), slope
 
 
-class FeedForward(nnx.Module):
-    """FFW of paper section 2.4: x + down(gelu(up(norm(x)))), not gated, without biases."""
+class LayerNorm(nnx.Module):
+    """(x - mean(x)) / std(x) * scale + bias over the last axis (GPT-2); statistics in float32."""
 
-    def __init__(self, config: RetroConfig, stream: Stream, hidden: int, num_layers: int, key: jax.Array):
+    def __init__(self, config: RetroConfig, stream: Stream):
+        self.epsilon = config.norm_epsilon
+        dtype = statistics_dtype(config)
+        self.scale = nnx.Param(jnp.ones((stream.width,), dtype), axes=(stream.axis,))
+        self.bias = zeros((stream.width,), (stream.axis,), dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] to [..., D], dtype kept."""
+        y = x.astype(self.scale.dtype)
+        y = y - y.mean(-1, keepdims=True)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
+        return (y * inverse * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+def norm_of(form: Form, config: RetroConfig, stream: Stream) -> RMSNorm | LayerNorm:
+    return (RMSNorm if form.norm == "rms" else LayerNorm)(config, stream)
+
+
+class FeedForward(nnx.Module):
+    """FFW of paper section 2.4: x + down(gelu(up(norm(x)))), not gated, without biases.
+
+    As "swiglu" (Shazeer 2020) it is x + down(silu(gate(y)) * up(y)) with y = norm(x).
+    """
+
+    def __init__(
+        self,
+        config: RetroConfig,
+        stream: Stream,
+        hidden: int,
+        num_layers: int,
+        key: jax.Array,
+        form: Form = PAPER,
+    ):
         dtype = statistics_dtype(config)
         up, down = jax.random.split(key)
-        self.norm = RMSNorm(config, stream)
+        self.norm = norm_of(form, config, stream)
         self.up = normal(up, (stream.width, hidden), (stream.axis, "ffw"), config.init_scale, dtype)
         self.down = normal(
             down, (hidden, stream.width), ("ffw", stream.axis), residual_scale(config, num_layers), dtype
         )
 
+        gated = form.ffw == "swiglu"
+        gate, inner = jax.random.fold_in(key, 2), (stream.axis, "ffw")
+        self.gate = normal(gate, (stream.width, hidden), inner, config.init_scale, dtype) if gated else None
+        self.gate_bias = zeros((hidden,), ("ffw",), dtype) if gated and form.ffw_biases else None
+        self.up_bias = zeros((hidden,), ("ffw",), dtype) if form.ffw_biases else None
+        self.down_bias = zeros((stream.width,), (stream.axis,), dtype) if form.ffw_biases else None
+
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] to [..., D]."""
-        hidden = checkpoint_name(linear(self.norm(x), weight(self.up, x.dtype)), "hidden")
-        return x + checkpoint_name(linear(gelu(hidden), weight(self.down, x.dtype)), "added")
+        y = self.norm(x)
+        hidden = checkpoint_name(plus(linear(y, weight(self.up, x.dtype)), self.up_bias), "hidden")
+        if self.gate is None:
+            hidden = gelu(hidden)
+        else:
+            gate = checkpoint_name(plus(linear(y, weight(self.gate, x.dtype)), self.gate_bias), "hidden")
+            hidden = jax.nn.silu(gate) * hidden
+        added = plus(linear(hidden, weight(self.down, x.dtype)), self.down_bias)
+        return x + checkpoint_name(added, "added")
 
 
 class Embedding(nnx.Module):
@@ -274,12 +364,16 @@ class Embedding(nnx.Module):
 
     def __init__(self, config: RetroConfig, stream: Stream, key: jax.Array):
         self.dtype = compute_dtype(config)
+        self.pad_id = config.pad_id
         shape = (config.vocab_size, stream.width)
         self.table = normal(key, shape, ("vocab", stream.axis), config.init_scale, statistics_dtype(config))
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """[...] int32 to [..., D]; an id beyond the vocabulary gives NaN, so that it cannot pass unnoticed."""
+        """[...] int32 to [..., D]; an id beyond the vocabulary gives NaN, so that it cannot pass unnoticed. PAD is the
+        one exception: where it has no row of its own it takes the first, which nothing sees."""
         table = self.table[...]
+        if self.pad_id == table.shape[0]:
+            tokens = jnp.where(tokens == self.pad_id, 0, tokens)
         if rules.axis_size("fsdp") == 1 or table.shape[1] % rules.axis_size("fsdp"):
             return jnp.take(table, tokens, axis=0, mode="fill").astype(self.dtype)
         # Each device looks up its part of the width for all rows of its fsdp group, and then rows and widths change
@@ -290,3 +384,20 @@ class Embedding(nnx.Module):
         rows = jnp.take(table, tokens, axis=0, mode="fill").astype(self.dtype)
         rows = rules.constrain(rows, "examples", "tokens", *inner, "width")
         return rules.constrain(rows, "batch", "tokens", *inner, None)
+
+
+class LearnedPositions(nnx.Module):
+    """A vector for each place [P, D], added to the decoder's input (GPT-2)."""
+
+    def __init__(self, config: RetroConfig, key: jax.Array):
+        stream, shape = decoder_stream(config), (config.max_positions, config.width)
+        self.dtype = compute_dtype(config)
+        self.table = normal(key, shape, ("positions", stream.axis), config.init_scale, statistics_dtype(config))
+
+    def __call__(self, valid: jax.Array, first: jax.Array | int = 0) -> jax.Array:
+        """The vectors of tokens with validity [B, T], [B, T, D]; `first` [B, 1] is the place of each row's first token.
+
+        PAD counts for nothing, so that a row means the same wherever it is padded.
+        """
+        places = jnp.maximum(first + jnp.cumsum(valid, axis=1) - 1, 0)
+        return jnp.take(weight(self.table, self.dtype), places, axis=0, mode="fill")

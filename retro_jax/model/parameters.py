@@ -9,10 +9,17 @@ Layers are counted from 1, as P is in the paper and in the configuration. The na
     decoder.layers.{1..}.ffw.{norm.scale, up, down}         decoder.norm.scale
     encoder.layers.{1..}.attention|ca|ffw.…                 encoder.layers.{1..}.ca.source_norm.scale
     encoder.norm.scale
+
+and where the decoder is of another form (`RetroConfig.num_kv_heads` to `ffw_biases`)
+
+    positions.table  decoder.layers.{1..}.attention.{query|key|value|output}_bias  …attention.{query|key}_norm.scale
+    decoder.layers.{1..}.attention.{query|value}_lora.{down|up}
+    decoder.layers.{1..}.ffw.gate  …ffw.{gate|up|down}_bias  …norm.bias
 """
 
+import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -47,8 +54,24 @@ def to_layers(params: nnx.State, config: RetroConfig) -> dict[str, Any]:
     return flat
 
 
+def layer_reader(params: nnx.State, config: RetroConfig) -> Callable[[str], Any]:
+    """Gives the array of a name of `to_layers`, taken out of its stack when it is asked for."""
+    places = {name: (param, index) for path, param in nnx.to_flat_state(params) for name, index in _names(path, config)}
+
+    def read(name: str) -> Any:
+        param, index = places[name]
+        return param[...] if index is None else param[index]
+
+    return read
+
+
 def layer_shapes(config: RetroConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Name, shape and dtype of everything that `to_layers` gives for this configuration."""
+    return dict(_layer_shapes(config))
+
+
+@functools.lru_cache(16)  # to trace the model takes a while
+def _layer_shapes(config: RetroConfig) -> dict[str, jax.ShapeDtypeStruct]:
     shapes = {}
     for path, param in nnx.to_flat_state(abstract_parameters(config)):
         for name, index in _names(path, config):
@@ -82,6 +105,56 @@ def from_layers(flat: Mapping[str, Any], config: RetroConfig) -> nnx.State:
             state.append((path, param.replace(stack(values))))
         else:
             state.append((path, param.replace(values[0])))
+    return nnx.from_flat_state(state)
+
+
+def assemble(config: RetroConfig, read: Callable[[str], Any]) -> nnx.State:
+    """The parameter state, made of one layer's parameter after the other: little more than the model is in memory.
+
+    Args:
+      config: the model's.
+      read: gives the array of a name of `to_layers`; called once for each.
+
+    Raises:
+      UserError: an array has another shape than the configuration's.
+    """
+    state = []
+    for path, param in nnx.to_flat_state(abstract_parameters(config)):
+        whole = np.empty(param.shape, param.dtype)
+        for name, index in _names(path, config):
+            place, value = whole if index is None else whole[index], read(name)
+            if value.shape != place.shape:
+                raise UserError(f"parameter {name} has shape {value.shape}, the configuration needs {place.shape}")
+            place[...] = value
+        state.append((path, param.replace(jnp.asarray(whole))))
+    return nnx.from_flat_state(state)
+
+
+def replace_layers(params: nnx.State, config: RetroConfig, give: Callable[[str], Any | None]) -> nnx.State:
+    """Parameters with those in another's place that `give` has, each laid out on the devices as what it replaces.
+
+    Args:
+      params: of the model, on devices; all processes of a run make the same call.
+      config: the model's.
+      give: the array of a name of `to_layers`, or None to keep what is there; of a stack all or none.
+
+    Raises:
+      UserError: an array has another shape than the configuration's.
+    """
+    state = []
+    for path, param in nnx.to_flat_state(params):
+        given = [(name, index, give(name)) for name, index in _names(path, config)]
+        if all(value is None for _, _, value in given):
+            state.append((path, param))
+            continue
+        whole = np.empty(param.shape, param.dtype)
+        for name, index, value in given:
+            place = whole if index is None else whole[index]
+            if value.shape != place.shape:
+                raise UserError(f"parameter {name} has shape {value.shape}, the configuration needs {place.shape}")
+            place[...] = value
+        array = jax.make_array_from_callback(whole.shape, param[...].sharding, whole.__getitem__)
+        state.append((path, param.replace(array)))
     return nnx.from_flat_state(state)
 
 

@@ -11,6 +11,7 @@ from retro_jax.model.decoder import Decoder
 from retro_jax.model.encoder import Encoder
 from retro_jax.model.layers import (
     Embedding,
+    LearnedPositions,
     compute_dtype,
     decoder_stream,
     encoder_stream,
@@ -42,6 +43,8 @@ class Retro(nnx.Module):
         keys = jax.random.split(rngs.params(), 5)
         self.config = config
         self.embedding = Embedding(config, decoder_stream(config), keys[0])
+        learned = config.positions == "learned"
+        self.positions = LearnedPositions(config, jax.random.fold_in(keys[0], 1)) if learned else None
         self.decoder = Decoder(config, keys[1])
         self.encoder = None if config.is_baseline else Encoder(config, keys[2])
         separate = not (config.is_baseline or config.share_embeddings)
@@ -59,14 +62,15 @@ class Retro(nnx.Module):
         """What the output head reads: [B, T, D] after the final norm, in the compute dtype."""
         self._check(tokens, neighbours)
         context = self.decoder.context(tokens != self.config.pad_id)
-        x = self.decoder.enter(self.embedding(tokens), context)
+        x = self.decoder.enter(self._embed(tokens, context.valid), context)
         return self.decoder.leave(x, context, self._encode(x, context.valid, neighbours))
 
     def encode(self, tokens: jax.Array, neighbours: jax.Array) -> Memory | None:
         """The encoded neighbours E that every CCA attends to; None when there is nothing to attend to."""
         self._check(tokens, neighbours)
         context = self.decoder.context(tokens != self.config.pad_id)
-        return self._encode(self.decoder.enter(self.embedding(tokens), context), context.valid, neighbours)
+        x = self.decoder.enter(self._embed(tokens, context.valid), context)
+        return self._encode(x, context.valid, neighbours)
 
     def head_kernel(self) -> jax.Array:
         """[V, D] in the parameters' dtype: the embedding table when tied. For a loss over blocks of the vocabulary."""
@@ -76,6 +80,10 @@ class Retro(nnx.Module):
         """READ of algorithm 1: hidden [..., D] to logits [..., V] float32."""
         kernel = self.head_kernel().astype(compute_dtype(self.config))
         return jnp.einsum("...d,vd->...v", hidden, kernel, preferred_element_type=statistics_dtype(self.config))
+
+    def _embed(self, tokens: jax.Array, valid: jax.Array) -> jax.Array:
+        x = self.embedding(tokens)
+        return x if self.positions is None else x + self.positions(valid)
 
     def _encode(self, x: jax.Array, valid: jax.Array, neighbours: jax.Array | None) -> Memory | None:
         if neighbours is None or neighbours.size == 0:  # no complete chunk, or k = 0
@@ -88,6 +96,10 @@ class Retro(nnx.Module):
     def _check(self, tokens: jax.Array, neighbours: jax.Array | None) -> None:
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise UserError(f"tokens must be integers [B, T], are {tokens.dtype} {tuple(tokens.shape)}")
+        if self.config.max_positions and tokens.shape[1] > self.config.max_positions:
+            raise UserError(
+                f"tokens {tuple(tokens.shape)} are more than the model's {self.config.max_positions} learned positions"
+            )
         if neighbours is None:
             return
         if self.config.is_baseline:

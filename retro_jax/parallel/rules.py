@@ -25,6 +25,8 @@ RULES: Mapping[str | None, Target] = {
     "heads": "tensor",
     "head": None,
     "ffw": "tensor",
+    "positions": None,
+    "rank": None,
     "layers": None,
     None: None,
 }

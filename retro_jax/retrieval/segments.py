@@ -152,7 +152,7 @@ class DatabaseCorpus:
       segments: what it consists of.
       parts: `Corpus` of the base and of every addition.
       offsets: int64 [parts + 1], id of the first chunk of each part.
-      chunk_length, vocab_size, tokenizer_fingerprint: of all of them.
+      chunk_length, vocab_size, pad_id, tokenizer_fingerprint: of all of them.
       num_chunks, num_documents: totals, removed ones among them.
       fingerprint: of the base's corpus when there are no additions.
     """
@@ -177,6 +177,7 @@ class DatabaseCorpus:
         self.num_documents = sum(part.num_documents for part in self.parts)
         self.chunk_length: int = base.chunk_length
         self.vocab_size: int = base.vocab_size
+        self.pad_id: int = base.pad_id
         self.tokenizer_fingerprint: str = base.tokenizer_fingerprint
         fingerprints = [part.fingerprint for part in self.parts]
         self.fingerprint = fingerprints[0] if len(self.parts) == 1 else fingerprint(fingerprints)
@@ -192,11 +193,11 @@ class DatabaseCorpus:
 
     def tokens(self, ids: np.ndarray | int) -> np.ndarray:
         """int32 [..., M]: as `Corpus.tokens`."""
-        return self._gather(ids, Corpus.tokens, self.chunk_length, Tokenizer.pad_id, np.int32)
+        return self._gather(ids, Corpus.tokens, self.chunk_length, self.pad_id, np.int32)
 
     def neighbour_tokens(self, ids: np.ndarray | int) -> np.ndarray:
         """int32 [..., 2M]: the chunk and its continuation, PAD where missing."""
-        return self._gather(ids, Corpus.neighbour_tokens, 2 * self.chunk_length, Tokenizer.pad_id, np.int32)
+        return self._gather(ids, Corpus.neighbour_tokens, 2 * self.chunk_length, self.pad_id, np.int32)
 
     def document_keys(self, ids: np.ndarray | int) -> np.ndarray:
         """int64 [...]: key of the document's group, comparable between corpora; -1 for -1."""

@@ -158,9 +158,12 @@ def _products(
     tokens = batch_size * length
     yield from _times(
         config.num_layers,
-        *_projections("decoder", (tokens, config.width), (tokens, config.width), heads),
+        *_projections(
+            "decoder", (tokens, config.width), (tokens, config.width), heads, config.kv_heads * config.head_size
+        ),
+        *_low_rank(config, tokens),
         *_causal_scores(config, batch_size, length, heads, blocks),
-        *_feed_forward("decoder", tokens, config.width, config.ffw_width),
+        *_feed_forward("decoder", tokens, config.width, config.ffw_width, gated=config.ffw == "swiglu"),
     )
     logits = 2.0 * tokens * config.width * config.vocab_size
     yield Product("head", "head", logits, logits)
@@ -169,7 +172,7 @@ def _products(
     m, r = config.chunk_length, len(range(*config.neighbour_range))
     chunked, retrieved = batch_size * chunks * m, batch_size * chunks * neighbours * r
     decoder, encoder = (chunked, config.width), (retrieved, config.encoder_width)
-    relative = config.positions == "transformer_xl"
+    relative = config.positions != "rope"
     relative_cross = relative and config.cross_positions
     yield from _times(
         len(config.cca_layers),
@@ -189,11 +192,23 @@ def _products(
     )
 
 
-def _projections(part: str, queries: tuple[int, int], source: tuple[int, int], heads: int) -> list[Product]:
-    """Of `queries` and `source`, each (positions over the batch, width)."""
-    from_queries, from_source = (2.0 * math.prod(stream) * heads for stream in (queries, source))
+def _projections(
+    part: str, queries: tuple[int, int], source: tuple[int, int], heads: int, pairs: int | None = None
+) -> list[Product]:
+    """Of `queries` and `source`, each (positions over the batch, width), to `heads` numbers a query and `pairs`, as
+    many if not given, a key and a value."""
+    from_queries, from_source = 2.0 * math.prod(queries) * heads, 2.0 * math.prod(source) * (pairs or heads)
     flops = {"query": from_queries, "key": from_source, "value": from_source, "added": from_queries}
     return [Product(part, name, value, value) for name, value in flops.items()]
+
+
+def _low_rank(config: RetroConfig, positions: int) -> list[Product]:
+    """LoRA's additions to query and value."""
+    if not config.lora_rank:
+        return []
+    widths = {"query": config.num_heads * config.head_size, "value": config.kv_heads * config.head_size}
+    flops = {name: 2.0 * positions * config.lora_rank * (config.width + width) for name, width in widths.items()}
+    return [Product("decoder", name, value, value) for name, value in flops.items()]
 
 
 def _scores(
@@ -213,7 +228,9 @@ def _scores(
 def _causal_scores(config: RetroConfig, batch_size: int, length: int, heads: int, blocks: bool) -> list[Product]:
     """Decoder self-attention; in `blocks` the code leaves out the keys behind each block of queries."""
     spans = [(stop - start, stop) for start, stop in causal_blocks(length)] if blocks else [(length, length)]
-    pairs = 2.0 * batch_size * length * length * heads
+    reach = min(config.window or length, length)
+    seen = length * length if reach == length else reach * (2 * length - reach + 1)  # twice the pairs in the window
+    pairs = 2.0 * batch_size * seen * heads
     executed = 2.0 * batch_size * heads * sum(queries * keys for queries, keys in spans)
     found = [Product("decoder", name, pairs, executed, causal=True) for name in ("scores", "mixed")]
     if config.positions == "transformer_xl":
@@ -228,9 +245,9 @@ def _relative(part: str, distances: int, width: int, heads: int) -> Product:
     return Product(part, "relative", flops, flops, per_batch=False)
 
 
-def _feed_forward(part: str, positions: int, width: int, hidden: int) -> list[Product]:
+def _feed_forward(part: str, positions: int, width: int, hidden: int, *, gated: bool = False) -> list[Product]:
     flops = 2.0 * positions * width * hidden
-    return [Product(part, name, flops, flops) for name in ("hidden", "down")]
+    return [Product(part, name, flops, flops) for name in ("hidden", *(("hidden",) if gated else ()), "down")]
 
 
 def _times(count: int, *layer: Product) -> Iterable[Product]:

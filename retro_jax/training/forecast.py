@@ -33,6 +33,7 @@ from retro_jax.parallel.topology import Topology, topology_devices
 from retro_jax.training.flops import hardware_flops, step_flops
 from retro_jax.training.inputs import abstract_batch
 from retro_jax.training.optimizer import create_optimizer
+from retro_jax.training.retrofit import trains
 from retro_jax.training.state import ModelPlan, named_params, plan_model, plan_state
 from retro_jax.training.step import make_train_step
 
@@ -181,7 +182,7 @@ def forecast(
     """
     mesh = create_mesh(config.mesh, topology_devices(topology))
     check_batch(config, mesh)
-    plan = plan_model(config.model, mesh)
+    plan = plan_model(config.model, mesh, trains(config))
     check_coverage(named_params(plan), mesh)
     optimizer = create_optimizer(config.optimizer, config.steps, plan.axes)
     step = make_train_step(config, plan, optimizer, mesh, unscored=(PAD_ID, BOS_ID))

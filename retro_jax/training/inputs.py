@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from retro_jax.config import TrainConfig
+from retro_jax.config import SPECIAL_TOKENS, TrainConfig
 from retro_jax.data.sequences import SequenceSource
+from retro_jax.data.tokenizer import Tokenizer
 from retro_jax.errors import UserError
 from retro_jax.parallel import hosts
 
@@ -26,7 +27,8 @@ def check_data(config: TrainConfig, sources: Sequence[SequenceSource], held_out:
     directories = [*config.data.sequences, *config.validation.sequences]
     for directory, source in zip(directories, [*sources, *held_out], strict=True):
         schema, model = source.schema, config.model
-        if schema.vocab_size > model.vocab_size:
+        # PAD, the last token, may have no row.
+        if schema.vocab_size - (model.pad_id == schema.vocab_size - 1) > model.vocab_size:
             raise UserError(
                 f"{directory}: its tokenizer has {schema.vocab_size} tokens, model.vocab_size is {model.vocab_size}"
             )
@@ -46,6 +48,13 @@ def check_data(config: TrainConfig, sources: Sequence[SequenceSource], held_out:
             raise UserError(f"{directory}: sequences of {schema.length} tokens, expected {length}")
         if source.tokenizer_fingerprint != sources[0].tokenizer_fingerprint:
             raise UserError(f"{directory}: another tokenizer than that of {config.data.sequences[0]}")
+    tokenizer = Tokenizer(sources[0].tokenizer_path)
+    for name in SPECIAL_TOKENS:
+        if getattr(tokenizer, name) != getattr(config.model, name):
+            raise UserError(
+                f"{directories[0]}: its tokenizer's {name} is {getattr(tokenizer, name)}, model.{name} is "
+                f"{getattr(config.model, name)}"
+            )
     for directory, source in zip(config.validation.sequences, held_out, strict=True):
         if not len(source):
             raise UserError(f"{directory}: holds no sequence; leave it out of validation.sequences")

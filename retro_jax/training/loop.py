@@ -13,16 +13,15 @@ from pathlib import Path
 import jax
 from flax import nnx
 
-from retro_jax.config import TrainConfig
+from retro_jax.config import RetroConfig, TrainConfig
 from retro_jax.data.batches import Batches
 from retro_jax.data.sequences import SequenceSource
-from retro_jax.data.tokenizer import BOS_ID, PAD_ID
 from retro_jax.errors import UserError
 from retro_jax.parallel import hosts, rules
 from retro_jax.parallel.layout import check_coverage, sharding_table
 from retro_jax.parallel.mesh import check_batch, create_mesh
 from retro_jax.progress import Progress
-from retro_jax.training import goodput
+from retro_jax.training import goodput, retrofit
 from retro_jax.training.checkpoint import Checkpoints
 from retro_jax.training.goodput import Ledger
 from retro_jax.training.inputs import abstract_batch, check_data, to_devices
@@ -30,6 +29,7 @@ from retro_jax.training.log import StepLog
 from retro_jax.training.metrics import MetricsWriter, read_validations
 from retro_jax.training.optimizer import create_optimizer
 from retro_jax.training.profile import ProfileWindow
+from retro_jax.training.retrofit import Base
 from retro_jax.training.state import initialise, named_axes, named_params, plan_model, plan_state
 from retro_jax.training.step import make_train_step
 from retro_jax.training.validation import Validation
@@ -41,8 +41,6 @@ from retro_jax.training.workdir import (
     open_workdir,
     went_back_to,
 )
-
-_UNSCORED = (PAD_ID, BOS_ID)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +60,7 @@ def train(
     profile: tuple[int, int] | None = None,
     profile_all: bool = False,
     began: float | None = None,
+    base: Base | None = None,
 ) -> TrainResult:
     """Trains, or goes on training, the run of a workdir.
 
@@ -75,6 +74,7 @@ def train(
       profile: first step and number of steps that the profiler records into `<workdir>/profile`.
       profile_all: in every process, not the first alone.
       began: `time.time()` when the program was started, for the ledger; now by default.
+      base: the model of `config.init_from`; its parameters are read at the first start alone.
 
     Raises:
       UserError: anything the user can mend, before any long work starts; too little memory; or too many bad steps.
@@ -86,6 +86,10 @@ def train(
     sharding = rules.batch_sharding(mesh)
 
     # 2. Data
+    if (base is None) == bool(config.init_from):
+        raise ValueError("a base goes with config.init_from, and only with it")
+    if base is not None:
+        config = retrofit.resolve(config, base.config)
     sources = [SequenceSource(directory) for directory in config.data.sequences]
     held_out = [SequenceSource(directory) for directory in config.validation.sequences]
     check_data(config, sources, held_out)
@@ -100,12 +104,16 @@ def train(
     )
 
     # 3. Model and optimizer: shapes and shardings only
-    plan = plan_model(config.model, mesh)
+    plan = plan_model(config.model, mesh, retrofit.trains(config))
     optimizer = create_optimizer(config.optimizer, config.steps, plan.axes)
     abstract = plan_state(plan, optimizer, mesh)
     check_coverage(named_params(plan), mesh)
     table = sharding_table(named_params(plan), named_axes(plan))
-    size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(plan.params))
+    size, trained = (
+        sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+        for tree in (plan.params, plan.split(plan.params)[0])
+    )
+    unscored = _unscored(config.model)
 
     with contextlib.ExitStack() as resources:
         # 4. Workdir: locked, and the right one. The other processes wait until the first has opened it.
@@ -125,7 +133,7 @@ def train(
         ledger = resources.enter_context(Ledger(workdir, began, write=primary))
 
         # 5. Compiling: too little memory shows here
-        step_fn = make_train_step(config, plan, optimizer, mesh, unscored=_UNSCORED)
+        step_fn = make_train_step(config, plan, optimizer, mesh, unscored=unscored)
         if first < config.steps:
             with ledger.measure("compile"):
                 run_step = step_fn.lower(abstract, abstract_batch(config, sharding)).compile()
@@ -138,18 +146,21 @@ def train(
             _discard_newer(checkpoints, first, newest, workdir, resume_from)
         else:
             state, validated = initialise(config.model, plan, optimizer, mesh, config.seed), None
+            if base is not None:
+                state = dataclasses.replace(state, params=retrofit.begin(state.params, config, base))
         ledger.resume(first)
         if primary:
             if mesh.size > 1:
                 print(table)
+            frozen = f", {trained:,} of them trained" if trained < size else ""
             print(
-                f"{size:,} parameters, mesh {dict(mesh.shape)}, {sum(map(len, sources)):,} sequences of "
+                f"{size:,} parameters{frozen}, mesh {dict(mesh.shape)}, {sum(map(len, sources)):,} sequences of "
                 f"{config.data.length} tokens, {f'from step {first}' if first else 'fresh'} to {config.steps}",
                 flush=True,
             )
         writer = resources.enter_context(MetricsWriter(workdir, resumed_step=first)) if primary else None
         log = StepLog(config, batches, ledger, writer, checkpoints.wait_for_latest)
-        validation = Validation(config, plan, mesh, held_out, unscored=_UNSCORED) if held_out else None
+        validation = Validation(config, plan, mesh, held_out, unscored=unscored) if held_out else None
 
         def validate(step: int, params: nnx.State, stopping: Callable[[], bool]) -> float | None:
             """Once at every step where it is due."""
@@ -209,6 +220,11 @@ def train(
         if primary:
             print(goodput.in_words(goodput.summarise(workdir)), flush=True)
     return TrainResult(step, log.last_loss, terminated=step < config.steps)
+
+
+def _unscored(model: RetroConfig) -> tuple[int, ...]:
+    """Labels without a loss: PAD, and BOS, which nothing predicts, unless it ends documents too."""
+    return (model.pad_id,) if model.bos_id == model.eos_id else (model.pad_id, model.bos_id)
 
 
 def _first_step(checkpoints: Checkpoints, newest: int, workdir: Path, resume_from: int | None) -> int:

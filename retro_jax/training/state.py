@@ -1,6 +1,7 @@
 """What a training run carries from step to step, where each array lives, and how it is named on disk."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,23 +30,57 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class ModelPlan:
-    """A model without numbers: its graph, abstract parameters with their shardings, and logical axes."""
+    """A model without numbers: its graph, abstract parameters with their shardings, and logical axes.
+
+    Attributes:
+      trained: for each array of `params`, in their order, whether it is trained; None where all are.
+    """
 
     graphdef: nnx.GraphDef
     axes: Any
     params: nnx.State
+    trained: tuple[bool, ...] | None = None
 
     def merge(self, params: nnx.State) -> Retro:
         """The module with these parameters."""
         return nnx.merge(self.graphdef, params)
 
+    def split(self, tree: nnx.State) -> tuple[nnx.State, nnx.State | None]:
+        """What is trained of a tree like `params`, and the rest: each with None where the other has an array."""
+        if self.trained is None:
+            return tree, None
+        leaves, treedef = jax.tree.flatten(tree)
+        kept, rest = (
+            treedef.unflatten(
+                [leaf if trained is wanted else None for leaf, trained in zip(leaves, self.trained, strict=True)]
+            )
+            for wanted in (True, False)
+        )
+        return kept, rest
 
-def plan_model(config: RetroConfig, mesh: Mesh) -> ModelPlan:
-    """Shapes and shardings of a model's parameters, without allocating them."""
+    def join(self, kept: nnx.State, rest: nnx.State | None) -> nnx.State:
+        """Inverse of `split`."""
+        if rest is None:
+            return kept
+        return jax.tree.map(lambda a, b: b if a is None else a, kept, rest, is_leaf=lambda leaf: leaf is None)
+
+
+def plan_model(config: RetroConfig, mesh: Mesh, trains: Callable[[tuple[str, ...]], bool] | None = None) -> ModelPlan:
+    """Shapes and shardings of a model's parameters, without allocating them.
+
+    Args:
+      config: the model.
+      mesh: the devices.
+      trains: says of the path of a parameter whether it is trained; None where all are.
+    """
     model = nnx.eval_shape(lambda: Retro(config, rngs=nnx.Rngs(0)))
     graphdef, params = nnx.split(model)
     axes = logical_axes(params)
-    return ModelPlan(graphdef, axes, _with_shardings(params, rules.shardings(axes, params, mesh)))
+    params = _with_shardings(params, rules.shardings(axes, params, mesh))
+    trained = None
+    if trains is not None:
+        trained = tuple(trains(tuple(_names(path))) for path, _ in jax.tree_util.tree_leaves_with_path(params))
+    return ModelPlan(graphdef, axes, params, trained)
 
 
 def named_params(plan: ModelPlan) -> dict[str, jax.ShapeDtypeStruct]:
@@ -62,8 +97,9 @@ def named_axes(plan: ModelPlan) -> dict[str, tuple[str | None, ...]]:
 def plan_state(plan: ModelPlan, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """The abstract train state with shardings; the optimizer's moments lie as their parameters do."""
     everywhere = rules.replicated(mesh)
-    opt_state = jax.eval_shape(optimizer.init, plan.params)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, plan.params)
+    kept, _ = plan.split(plan.params)
+    opt_state = jax.eval_shape(optimizer.init, kept)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, kept)
     opt_shardings = optax.tree_map_params(
         optimizer, lambda _, sharding: sharding, opt_state, shardings, transform_non_params=lambda _: everywhere
     )
@@ -83,7 +119,7 @@ def initialise(
 
     def create() -> TrainState:
         _, params = nnx.split(Retro(config, rngs=nnx.Rngs(seed)))
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), healthy())
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(plan.split(params)[0]), healthy())
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, plan_state(plan, optimizer, mesh))
     return jax.jit(create, out_shardings=shardings)()

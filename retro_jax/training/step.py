@@ -51,13 +51,16 @@ def make_train_step(
         with rules.use(mesh):
             model = plan.merge(params)
             inputs, labels = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
-            hidden = model.hidden(inputs, batch.get("neighbours"))
+            hidden = model.hidden(inputs, batch.get("neighbours") if config.cca_gate else None)
             weights = label_weights(labels, unscored=unscored)
             each = token_nats(hidden, model.head_kernel(), labels, block=config.vocab_block)
-            return (each * weights).sum(), weights.sum()
+            # A label that is PAD may have no row in the head, and no number then.
+            return jnp.where(weights > 0, each * weights, 0).sum(), weights.sum()
 
     def sums(params: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array, nnx.State]:
-        (total, count), gradients = jax.value_and_grad(nats, has_aux=True)(params, batch)
+        trained, frozen = plan.split(params)
+        with_frozen = lambda trained, batch: nats(plan.join(trained, frozen), batch)  # noqa: E731
+        (total, count), gradients = jax.value_and_grad(with_frozen, has_aux=True)(trained, batch)
         return total, count, jax.lax.with_sharding_constraint(gradients, shardings)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -70,12 +73,15 @@ def make_train_step(
                 return jax.tree.map(jnp.add, so_far, sums(state.params, part)), None
 
             zero = jnp.zeros((), jnp.float32)
-            none = jax.lax.with_sharding_constraint(jax.tree.map(jnp.zeros_like, state.params), shardings)
+            none = jax.tree.map(jnp.zeros_like, plan.split(state.params)[0])
+            none = jax.lax.with_sharding_constraint(none, shardings)
             (total, count, gradients), _ = jax.lax.scan(add, (zero, zero, none), parts)
         count = jnp.maximum(count, 1.0)
         loss, norm = total / count, optax.global_norm(gradients) / count
         bad, health = judge(state.health, loss, norm, config.stability)
         factor = clip_factor(config.optimizer, norm) / count
+
+        trained, frozen = plan.split(state.params)
 
         # A branch, and not a choice number by number, for which XLA would keep parameters and moments twice.
         def update(gradients: nnx.State, opt_state: Any, params: nnx.State) -> tuple[nnx.State, Any]:
@@ -86,7 +92,7 @@ def make_train_step(
         def keep(gradients: nnx.State, opt_state: Any, params: nnx.State) -> tuple[nnx.State, Any]:
             return params, opt_state
 
-        params, opt_state = jax.lax.cond(bad, keep, update, gradients, state.opt_state, state.params)
+        params, opt_state = jax.lax.cond(bad, keep, update, gradients, state.opt_state, trained)
         metrics = {
             "loss": loss,
             "tokens": count,
@@ -96,9 +102,9 @@ def make_train_step(
             "skipped": health.skipped,
         }
         metrics = {name: value.astype(jnp.float32) for name, value in metrics.items()}
-        return TrainState(state.step + 1, params, opt_state, health), metrics
+        return TrainState(state.step + 1, plan.join(params, frozen), opt_state, health), metrics
 
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, plan.params)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, plan.split(plan.params)[0])
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, plan_state(plan, optimizer, mesh))
     return jax.jit(
         step,

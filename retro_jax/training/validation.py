@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -56,7 +57,7 @@ class Validation:
                 hidden = model.hidden(inputs, batch.get("neighbours"))
                 weights = label_weights(labels, unscored=unscored)
                 each = token_nats(hidden, model.head_kernel(), labels, block=config.vocab_block)
-                return (each * weights).sum(axis=1), weights.sum(axis=1)
+                return jnp.where(weights > 0, each * weights, 0).sum(axis=1), weights.sum(axis=1)
 
         shardings = jax.tree.map(lambda leaf: leaf.sharding, plan.params)
         self._nats = jax.jit(nats, in_shardings=(shardings, self._sharding), out_shardings=rules.replicated(mesh))

@@ -17,7 +17,8 @@ WENT_BACK = "went_back.json"
 
 # Settings that change no number of the run beyond the last digits, so that a resumed run may have others: where and in
 # which order the same sums are computed, what is kept, what is looked at besides. Sequences may have moved: their
-# fingerprints stand in every checkpoint. `stability` only says when a run that goes wrong is stopped.
+# fingerprints stand in every checkpoint; so may the model that the run began with.
+# `stability` only says when a run that goes wrong is stopped.
 CHANGEABLE = (
     "mesh.",
     "checkpoint.",
@@ -28,6 +29,7 @@ CHANGEABLE = (
     "model.remat",
     "log_every",
     "data.sequences",
+    "init_from",
 )
 
 

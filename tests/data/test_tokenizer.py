@@ -156,14 +156,14 @@ def test_files_that_are_no_tokenizer_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "ids \\(-1, 1, 2, 0\\)"),
+        ({"bos_id": -1}, "no begin or no end of a document"),
         ({"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3}, "does not give every text back"),
         (
             {"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3, "byte_fallback": True},
             "does not give every text back",
         ),
     ],
-    ids=["other ids", "no byte pieces", "normalising"],
+    ids=["no BOS", "no byte pieces", "normalising"],
 )
 def test_a_tokenizer_that_loses_text_is_refused(tmp_path, options, message):
     model = io.BytesIO()

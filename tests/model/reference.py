@@ -27,16 +27,18 @@ class Reference:
         if neighbours is not None and config.neighbour_part == "continuation":
             neighbours = [[neighbour[m:] for neighbour in chunk] for chunk in neighbours]
         length = len(tokens)
-        x = [self.p["embedding.table"][token] for token in tokens]
+        x = [self.row("embedding.table", token) for token in tokens]
+        if config.positions == "learned":  # places are counted without PAD
+            places = [sum(seen != config.pad_id for seen in tokens[: t + 1]) - 1 for t in range(length)]
+            x = [row + self.p["positions.table"][max(place, 0)] for row, place in zip(x, places, strict=True)]
         encoded = None
         for layer in range(1, config.num_layers + 1):
             name = f"decoder.layers.{layer}"
-            y = [self.rms(f"{name}.attention.norm", row) for row in x]
+            y = [self.norm(f"{name}.attention.norm", row) for row in x]
+            seen = [range(max(0, t + 1 - config.window) if config.window else 0, t + 1) for t in range(length)]
             x = [
                 x[t]
-                + self.attend(
-                    f"{name}.attention", y[t], t, [(y[j], j) for j in range(t + 1) if tokens[j] != config.pad_id]
-                )
+                + self.attend(f"{name}.attention", y[t], t, [(y[j], j) for j in seen[t] if tokens[j] != config.pad_id])
                 for t in range(length)
             ]
             if neighbours is not None and config.cca_layers and layer == min(config.cca_layers):
@@ -51,7 +53,12 @@ class Reference:
                 x = [self.cca(f"{name}.cca", x[t], t, neighbours, encoded) for t in range(length)]
             x = [self.ffw(f"{name}.ffw", row) for row in x]
         head = self.p.get("head", self.p["embedding.table"])
-        return np.stack([head @ self.rms("decoder.norm", row) for row in x])
+        return np.stack([head @ self.norm("decoder.norm", row) for row in x])
+
+    def row(self, table, token):
+        """Of an embedding table; PAD may have none, and nothing sees what stands in its place."""
+        beyond = token == self.config.pad_id == len(self.p[table])
+        return self.p[table][0 if beyond else token]
 
     def cca(self, name, row, t, neighbours, encoded):
         """x_t + CA(x_t, E_c) with c = (t + 1) // m - 1; nothing is added in the first m - 1 positions."""
@@ -71,8 +78,8 @@ class Reference:
     def encode(self, neighbour, chunk_tokens, chunk):
         """E of one neighbour [R], conditioned on its chunk's activations [m]."""
         pad = self.config.pad_id
-        shared = self.p["embedding.table"]
-        x = [self.p.get("encoder_embedding.table", shared)[token] for token in neighbour]
+        table = "encoder_embedding.table" if "encoder_embedding.table" in self.p else "embedding.table"
+        x = [self.row(table, token) for token in neighbour]
         for layer in range(1, self.config.encoder_layers + 1):
             name = f"encoder.layers.{layer}"
             y = [self.rms(f"{name}.attention.norm", row) for row in x]
@@ -97,40 +104,93 @@ class Reference:
         if not keys:
             return out
         num_heads, size = self.p[f"{name}.query"].shape[1:]
+        shared = num_heads // self.p[f"{name}.key"].shape[1]
+        decoder = name.startswith("decoder") and name.endswith("attention")
         for n in range(num_heads):
-            q = query @ self.p[f"{name}.query"][:, n]
+            q = self.head(name, "query", query, n)
             logits = []
             for vector, key_place in keys:
-                k = vector @ self.p[f"{name}.key"][:, n]
-                if not self.config.cross_positions and name.endswith("ca"):
-                    logit = q @ k
-                elif self.config.positions == "rope":
-                    logit = self.rotated(q, place) @ self.rotated(k, key_place)
-                else:
+                k = self.head(name, "key", vector, n // shared)
+                if f"{name}.relative" in self.p:
                     r = self.sinusoid(place - key_place, len(query)) @ self.p[f"{name}.relative"][:, n]
                     u, v = self.p[f"{name}.content_bias"][n], self.p[f"{name}.position_bias"][n]
                     logit = (q + u) @ k + (q + v) @ r
+                elif self.config.positions == "rope" and (decoder or self.config.cross_positions or name[-2:] != "ca"):
+                    scaling = self.config.rope_scaling if decoder else None
+                    logit = self.rotated(q, place, scaling) @ self.rotated(k, key_place, scaling)
+                else:
+                    logit = q @ k
                 logits.append(logit / np.sqrt(size))
             weights = np.exp(np.array(logits) - max(logits))
             weights /= weights.sum()
-            values = [vector @ self.p[f"{name}.value"][:, n] for vector, _ in keys]
+            values = [self.head(name, "value", vector, n // shared) for vector, _ in keys]
             out += sum(w * value for w, value in zip(weights, values, strict=True)) @ self.p[f"{name}.output"][n]
-        return out
+        return out + self.p.get(f"{name}.output_bias", 0)
+
+    def head(self, name, kind, vector, n):
+        """Head n of a query, key or value."""
+        projected = vector @ self.p[f"{name}.{kind}"][:, n]
+        if f"{name}.{kind}_bias" in self.p:
+            projected = projected + self.p[f"{name}.{kind}_bias"][n]
+        if f"{name}.{kind}_lora.up" in self.p:
+            projected = projected + vector @ self.p[f"{name}.{kind}_lora.down"] @ self.p[f"{name}.{kind}_lora.up"][:, n]
+        return self.rms(f"{name}.{kind}_norm", projected) if f"{name}.{kind}_norm.scale" in self.p else projected
 
     def sinusoid(self, distance, width):
         frequencies = [10_000 ** (-2 * a / width) for a in range(width // 2)]
         return np.array([np.sin(distance * w) for w in frequencies] + [np.cos(distance * w) for w in frequencies])
 
-    def rotated(self, vector, place):
-        half = len(vector) // 2
-        turns = np.exp(1j * place * self.config.rope_theta ** (-2 * np.arange(half) / len(vector)))
-        turned = (vector[:half] + 1j * vector[half:]) * turns
+    def rotated(self, vector, place, scaling=None):
+        half, size = len(vector) // 2, len(vector)
+        turned = np.zeros(half, complex)
+        for a in range(half):
+            frequency, length = self.config.rope_theta ** (-2 * a / size), 1.0
+            if scaling is not None:
+                frequency, length = self.scaled(scaling, frequency, a, size)
+            turned[a] = length * (vector[a] + 1j * vector[half + a]) * np.exp(1j * place * frequency)
         return np.concatenate([turned.real, turned.imag])
 
+    def scaled(self, scaling, frequency, pair, size):
+        if scaling.kind == "linear":
+            return frequency / scaling.factor, 1.0
+        if scaling.kind == "llama3":
+            wavelength = 2 * np.pi / frequency
+            longest = scaling.original_length / scaling.low_frequency_factor
+            shortest = scaling.original_length / scaling.high_frequency_factor
+            if wavelength < shortest:
+                return frequency, 1.0
+            if wavelength > longest:
+                return frequency / scaling.factor, 1.0
+            smooth = scaling.original_length / wavelength - scaling.low_frequency_factor
+            smooth /= scaling.high_frequency_factor - scaling.low_frequency_factor
+            return (1 - smooth) * frequency / scaling.factor + smooth * frequency, 1.0
+        log = lambda rotations: np.log(scaling.original_length / (rotations * 2 * np.pi))  # noqa: E731
+        first, last = (
+            size * log(rotations) / (2 * np.log(self.config.rope_theta))
+            for rotations in (scaling.beta_fast, scaling.beta_slow)
+        )
+        first, last = max(np.floor(first), 0), min(np.ceil(last), size - 1)
+        ramp = min(max((pair - first) / (last - first), 0), 1)
+        length = 0.1 * np.log(scaling.factor) + 1
+        return frequency / scaling.factor * ramp + frequency * (1 - ramp), length
+
     def ffw(self, name, row):
-        hidden = self.rms(f"{name}.norm", row) @ self.p[f"{name}.up"]
-        gelu = 0.5 * hidden * (1 + np.tanh(np.sqrt(2 / np.pi) * (hidden + 0.044715 * hidden**3)))
-        return row + gelu @ self.p[f"{name}.down"]
+        y = self.norm(f"{name}.norm", row)
+        hidden = y @ self.p[f"{name}.up"] + self.p.get(f"{name}.up_bias", 0)
+        if f"{name}.gate" in self.p:
+            gate = y @ self.p[f"{name}.gate"] + self.p.get(f"{name}.gate_bias", 0)
+            hidden = gate / (1 + np.exp(-gate)) * hidden
+        else:
+            hidden = 0.5 * hidden * (1 + np.tanh(np.sqrt(2 / np.pi) * (hidden + 0.044715 * hidden**3)))
+        return row + hidden @ self.p[f"{name}.down"] + self.p.get(f"{name}.down_bias", 0)
+
+    def norm(self, name, row):
+        if f"{name}.bias" not in self.p:
+            return self.rms(name, row)
+        row = row - np.mean(row)
+        return (
+            row / np.sqrt(np.mean(row**2) + self.config.norm_epsilon) * self.p[f"{name}.scale"] + self.p[f"{name}.bias"]
+        )
 
     def rms(self, name, row):
         return row / np.sqrt(np.mean(row**2) + self.config.norm_epsilon) * self.p[f"{name}.scale"]

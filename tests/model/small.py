@@ -1,12 +1,13 @@
 """Small models and inputs for the model's tests: random parameters everywhere, jitted functions shared by all tests."""
 
+import dataclasses
 import functools
 
 import jax
 import numpy as np
 from flax import nnx
 
-from retro_jax.config import RetroConfig
+from retro_jax.config import RetroConfig, RopeScaling
 from retro_jax.model import Retro, abstract_parameters
 
 SMALL = RetroConfig(
@@ -26,6 +27,19 @@ SMALL = RetroConfig(
     encoder_ffw_width=18,
     dtype="float64",
 )
+
+# Decoders as other models have them.
+_TWO = dataclasses.replace(SMALL, num_layers=2, cca_layers=(2,), encoder_layers=1, pad_id=SMALL.vocab_size)
+_LLAMA = dataclasses.replace(_TWO, positions="rope", ffw="swiglu", num_heads=4, num_kv_heads=2, tie_embeddings=False)
+BLOCKS = {
+    "llama": dataclasses.replace(_LLAMA, rope_scaling=RopeScaling("llama3", 8.0, 64)),
+    "mistral and qwen": dataclasses.replace(
+        _LLAMA, window=3, qk_norm=True, lora_rank=2, attention_biases="qkv", rope_scaling=RopeScaling("yarn", 4.0, 32)
+    ),
+    "gpt-2": dataclasses.replace(
+        _TWO, positions="learned", max_positions=24, norm="layer", attention_biases="all", ffw_biases=True
+    ),
+}
 
 
 # Compiling dominates these tests; what the compiler's optimiser does is not their subject.

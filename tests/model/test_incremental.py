@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from small import QUICK, SMALL, graph, inputs, logits, random_parameters
+from small import BLOCKS, QUICK, SMALL, graph, inputs, logits, random_parameters
 
 from retro_jax.model.incremental import split_incremental
 
@@ -20,6 +20,7 @@ CONFIGS = {
     "no positions across": dataclasses.replace(SMALL, cross_positions=False, share_embeddings=True, encoder_width=16),
     "continuation alone": dataclasses.replace(SMALL, neighbour_part="continuation", tie_embeddings=False),
     "baseline": dataclasses.replace(SMALL, cca_layers=()),
+    **BLOCKS,
 }
 
 
@@ -61,12 +62,14 @@ class Fed:
         state = self._model(self.own).empty(len(tokens), SLOTS, self.neighbours)
         found = []
         for start in range(0, count, M):
-            piece = np.zeros((len(tokens), M), np.int32)
+            piece = np.full((len(tokens), M), self.config.pad_id, np.int32)
             length = min(M, count - start)
             piece[:, :length] = tokens[:, start : start + length]
             near, complete = None, jnp.asarray(length == M)
             if self.neighbours is not None:
-                near = np.zeros((len(tokens), self.neighbours, self.config.neighbour_length), np.int32)
+                near = np.full(
+                    (len(tokens), self.neighbours, self.config.neighbour_length), self.config.pad_id, np.int32
+                )
                 if length == M:
                     near = neighbours[:, start // M]
             out, state = self.advance(self.own, self.distances, state, piece, start, near, True, complete)
@@ -115,6 +118,20 @@ def test_the_other_configurations_too(name, k):
     found, state = programs.chunks(tokens, neighbours, M + 2)
     found += programs.tokens(state, tokens, neighbours, M + 2)
     np.testing.assert_allclose(np.concatenate(found, axis=1), expected, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["mistral and qwen", "gpt-2"])
+def test_decoders_of_other_models_too_with_a_row_that_begins_later(name):
+    programs = fed(name, 1)
+    pad = programs.config.pad_id
+    tokens, neighbours = inputs(programs.config, length=SLOTS, k=1)
+    tokens[1, :3] = pad
+    expected = logits(programs.config, programs.params, tokens, neighbours)
+    found, state = programs.chunks(tokens, neighbours, M + 2)
+    found += programs.tokens(state, tokens, neighbours, M + 2)
+    found = np.concatenate(found, axis=1)
+    np.testing.assert_allclose(found[0], expected[0], atol=1e-10)
+    np.testing.assert_allclose(found[1, 3:], expected[1, 3:], atol=1e-10)
 
 
 @pytest.mark.parametrize("positions", ["transformer_xl", "rope"])

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import reference
 from flax import nnx
-from small import SMALL, graph, inputs, logits, random_parameters
+from small import BLOCKS, SMALL, graph, inputs, logits, random_parameters
 
+from retro_jax.config import RopeScaling
 from retro_jax.model import to_layers
 
 CASES = {
@@ -47,6 +48,17 @@ CASES = {
     "neighbours without continuations": (dataclasses.replace(SMALL, neighbour_part="neighbour"), {"length": 9}),
     "continuations alone": (dataclasses.replace(SMALL, neighbour_part="continuation"), {"length": 9}),
     "baseline": (dataclasses.replace(SMALL, cca_layers=()), {}),
+    **{name: (config, {"length": 10}) for name, config in BLOCKS.items()},
+    "linear scaling, all with biases": (
+        dataclasses.replace(
+            BLOCKS["llama"],
+            rope_scaling=RopeScaling("linear", 3.0),
+            attention_biases="all",
+            ffw_biases=True,
+            cca_layers=(),
+        ),
+        {"length": 10},
+    ),
 }
 
 

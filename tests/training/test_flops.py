@@ -78,8 +78,15 @@ def lowered_step(config):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"positions": "rope"}, {"cca_layers": ()}, {"cross_positions": False}, {"neighbour_part": "neighbour"}],
-    ids=["retro", "rope", "baseline", "no positions in cross-attention", "neighbours without continuations"],
+    [
+        {},
+        {"positions": "rope"},
+        {"cca_layers": ()},
+        {"cross_positions": False},
+        {"neighbour_part": "neighbour"},
+        {"cca_layers": (), "positions": "rope", "num_kv_heads": 1, "ffw": "swiglu", "tie_embeddings": False},
+    ],
+    ids=["retro", "rope", "baseline", "no positions in cross-attention", "neighbours without continuations", "llama"],
 )
 def test_the_forward_pass_agrees_with_xla_within_three_per_cent(changes):
     model, length = dataclasses.replace(MODEL, **changes), 96  # one block of queries: no product is left out
@@ -121,6 +128,15 @@ def test_causality_halves_the_products_of_decoder_self_attention_and_nothing_els
     pairs = 2 * BATCH * 128 * 128 * MODEL.num_heads * MODEL.head_size  # of one product
     assert full.decoder - causal.decoder == MODEL.num_layers * 3 * pairs / 2  # content, position, mean of values
     assert (full.encoder, full.cca, full.head) == (causal.encoder, causal.cca, causal.head)
+
+
+def test_a_window_counts_the_pairs_within_it():
+    whole, windowed = (
+        forward_flops(dataclasses.replace(MODEL, positions="rope", window=window), BATCH, 128, K) for window in (0, 32)
+    )
+    pairs = sum(min(t + 1, 32) for t in range(128))
+    products = 2 * MODEL.num_layers * 2 * BATCH * MODEL.num_heads * MODEL.head_size  # scores and means
+    assert whole.decoder - windowed.decoder == products * (128 * 128 / 2 - pairs)
 
 
 def test_flops_grow_with_batch_and_neighbours_as_the_model_says():

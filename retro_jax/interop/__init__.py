@@ -1,0 +1,1 @@
+"""Models of others as decoders, and models of ours for other tools: Hugging Face, safetensors, StableHLO."""

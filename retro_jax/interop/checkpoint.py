@@ -1,0 +1,58 @@
+"""Any model of this framework on disk, opened the same way: a run, one of its checkpoints, or an export."""
+
+import os
+from pathlib import Path
+
+import jax
+
+from retro_jax.errors import UserError
+from retro_jax.interop.huggingface import read_json
+from retro_jax.interop.pretrained import CONFIG, FORMAT, Pretrained, load_pretrained, open_pretrained
+from retro_jax.model.parameters import layer_reader
+from retro_jax.training.retrofit import Base
+from retro_jax.training.trained import load_trained
+from retro_jax.training.workdir import CHECKPOINTS, load_config
+
+
+def open_checkpoint(path: str | os.PathLike) -> Pretrained:
+    """A model for export.
+
+    Args:
+      path: directory of a run (for its newest checkpoint), `RUN/checkpoints/STEP`, or what `load_pretrained` opens.
+
+    Raises:
+      UserError: nothing of this is there, or it is damaged.
+    """
+    workdir, step = _run(Path(path))
+    if workdir is None:
+        return load_pretrained(path)
+    run = load_trained(workdir, step=step)
+    neighbours = 0 if run.config.model.is_baseline else run.config.data.neighbours
+    return Pretrained(run.config.model, run.params, run.tokenizer, run.config.data.length, neighbours)
+
+
+def open_base(path: str | os.PathLike) -> Base:
+    """A model for a run to begin with; `path` and errors as for `open_checkpoint`.
+
+    Parameters are read when they are asked for: one at a time, but for those of a run, which must lie whole in one
+    process.
+    """
+    workdir, _ = _run(Path(path))
+    if workdir is None:
+        opened = open_pretrained(path)
+        return Base(str(path), opened.config, lambda: opened.read)
+    if jax.process_count() > 1:
+        raise UserError(f"{path}: several processes cannot begin with a run; write it with launch/export.py first")
+    config = load_config(workdir).model
+    return Base(str(path), config, lambda: layer_reader(open_checkpoint(path).params, config))
+
+
+def _run(path: Path) -> tuple[Path | None, int | None]:
+    """The run's directory and the step where `path` is one or a checkpoint of one; None for what was exported."""
+    if path.parent.name == CHECKPOINTS and path.name.isdigit():
+        return path.parent.parent, int(path.name)
+    if (path / CONFIG).is_file():
+        values = read_json(path / CONFIG)
+        if values.get("format") == FORMAT or "model_type" in values:
+            return None, None
+    return path, None

@@ -1,0 +1,172 @@
+"""A model with its tokenizer in one directory: what is exported, and what `load_pretrained` opens.
+
+config.json        format, model (`RetroConfig`), context and neighbours of the training, tokenizer's file
+model.safetensors  parameters by the names of `retro_jax.model.parameters`, one layer at a time, float32
+tokenizer.model    SentencePiece, or tokenizer.json of the tokenizers library
+README.md          the model card
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from flax import nnx
+
+from retro_jax.config import SPECIAL_TOKENS, RetroConfig, from_dict
+from retro_jax.data.tokenizer import Tokenizer
+from retro_jax.errors import UserError
+from retro_jax.interop.huggingface import BaseTensors, open_base, read_json
+from retro_jax.interop.tensors import Tensors
+from retro_jax.model.parameters import abstract_parameters, assemble, layer_shapes
+from retro_jax.model.retro import Retro
+
+FORMAT, VERSION = "retro_jax", 1
+CONFIG = "config.json"
+RETRIEVAL = "retrieval"  # beside a Hugging Face checkpoint: encoder and chunked cross-attention
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """A model and what is needed to use it.
+
+    Attributes:
+      config, params: of the model.
+      tokenizer: None where the directory has none.
+      context: tokens of a sequence in its training; 0 where that is not known.
+      neighbours: K in its training; 0 for a baseline.
+    """
+
+    config: RetroConfig
+    params: nnx.State
+    tokenizer: Tokenizer | None
+    context: int
+    neighbours: int
+
+    @property
+    def model(self) -> Retro:
+        """The module with these parameters."""
+        return nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: Retro(self.config))), self.params)
+
+
+def load_pretrained(path: str | os.PathLike) -> Pretrained:
+    """Opens an exported model (`safetensors` or `hf`), or a Hugging Face checkpoint as a baseline.
+
+    The model is in memory once: parameters are read one after the other.
+
+    Args:
+      path: the directory.
+
+    Raises:
+      UserError: no such model, an architecture that is not supported, tensors that are missing or of another shape, or
+        a tokenizer that does not match.
+    """
+    opened = open_pretrained(path)
+    return Pretrained(opened.config, assemble(opened.config, opened.read), *opened[2:])
+
+
+class Opened(NamedTuple):
+    """A `Pretrained` whose parameters are read one at a time, by name, with `read`."""
+
+    config: RetroConfig
+    read: Callable[[str], np.ndarray]
+    tokenizer: Tokenizer | None
+    context: int
+    neighbours: int
+
+
+def open_pretrained(path: str | os.PathLike) -> Opened:
+    """As `load_pretrained`, without reading the parameters yet."""
+    path = Path(path)
+    if not (path / CONFIG).is_file():
+        raise UserError(f"{path / CONFIG}: no such file, so no model is here; export one with launch/export.py")
+    values = read_json(path / CONFIG)
+    if values.get("format") == FORMAT:
+        return _finish(path, values, *open_native(path, values))
+    config, base = open_base(path)
+    if not (path / RETRIEVAL / CONFIG).is_file():
+        tokenizer = _tokenizer(path)
+        if tokenizer is not None:
+            _require_rows(path, tokenizer, config)
+            config = with_ids(config, tokenizer)
+        context = values.get("max_position_embeddings") or values.get("n_positions") or 0
+        return Opened(config, base, tokenizer, context, 0)
+    values = read_json(path / RETRIEVAL / CONFIG)
+    whole = _model_config(path / RETRIEVAL / CONFIG, values)
+    if _decoder(whole) != _decoder(config):
+        raise UserError(f"{path / RETRIEVAL}: made for another decoder than that of {path / CONFIG}")
+    return _finish(path, values, whole, _joined(path, whole, base))
+
+
+def open_native(path: Path, values: dict[str, Any]) -> tuple[RetroConfig, Callable[[str], np.ndarray]]:
+    """The configuration and the reader of the parameters of an exported model with this config.json."""
+    config = _model_config(path / CONFIG, values)
+    tensors = Tensors(path)
+    tensors.expect({name: leaf.shape for name, leaf in layer_shapes(config).items()}, str(path / CONFIG))
+    return config, tensors.__getitem__
+
+
+def retrieval_shapes(config: RetroConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what a RETRO has beside its decoder's base: encoder and chunked cross-attention."""
+    base = layer_shapes(_decoder(config))
+    return {name: tuple(leaf.shape) for name, leaf in layer_shapes(config).items() if name not in base}
+
+
+def _joined(path: Path, config: RetroConfig, base: BaseTensors) -> Callable[[str], np.ndarray]:
+    own, tensors = retrieval_shapes(config), Tensors(path / RETRIEVAL)
+    tensors.expect(own, str(path / RETRIEVAL / CONFIG))
+    return lambda name: tensors[name] if name in own else base(name)
+
+
+def _decoder(config: RetroConfig) -> RetroConfig:
+    """The baseline, with what has no bearing on its parameters and logits at its default."""
+    plain = {field.name: field.default for field in dataclasses.fields(config) if field.name.startswith("encoder_")}
+    plain |= {"share_embeddings": False, "dtype": "float32", "remat": "none", "scan_layers": True, "init_scale": 0.02}
+    plain |= {"neighbour_length": 128, "chunk_length": 64, "neighbour_part": "both", "cross_positions": True}
+    return dataclasses.replace(config, cca_layers=(), pad_id=config.vocab_size, bos_id=1, eos_id=2, unk_id=3, **plain)
+
+
+def _model_config(path: Path, values: dict[str, Any]) -> RetroConfig:
+    if values.get("version") != VERSION:
+        raise UserError(f"{path}: version {values.get('version')} of the format, this program reads {VERSION}")
+    if not isinstance(values.get("model"), dict):
+        raise UserError(f"{path}: no model in it")
+    return from_dict(RetroConfig, values["model"], f"{path}: model")
+
+
+def _finish(path: Path, values: dict[str, Any], config: RetroConfig, read: Callable[[str], np.ndarray]) -> Opened:
+    tokenizer = _tokenizer(path)
+    if values.get("tokenizer") != (tokenizer and tokenizer.fingerprint):
+        found = f"has fingerprint {tokenizer.fingerprint}" if tokenizer else "is missing"
+        raise UserError(f"{path}: the tokenizer {found}, the model was made with {values.get('tokenizer')}")
+    if tokenizer is not None:
+        _require_rows(path, tokenizer, config)
+        if with_ids(config, tokenizer) != config:
+            raise UserError(f"{tokenizer.path}: other ids of PAD, BOS, EOS or unknown than the model's")
+    return Opened(config, read, tokenizer, values.get("context", 0), values.get("neighbours", 0))
+
+
+def _require_rows(path: Path, tokenizer: Tokenizer, config: RetroConfig) -> None:
+    last = tokenizer.vocab_size - 1
+    if last > config.vocab_size or (last == config.vocab_size and tokenizer.pad_id != last):
+        raise UserError(
+            f"{tokenizer.path}: {tokenizer.vocab_size} tokens, the model of {path / CONFIG} has {config.vocab_size} "
+            f"rows; give the tokenizer that it was trained with"
+        )
+
+
+def with_ids(config: RetroConfig, tokenizer: Tokenizer) -> RetroConfig:
+    """The configuration with the special tokens of a tokenizer."""
+    return dataclasses.replace(config, **{name: getattr(tokenizer, name) for name in SPECIAL_TOKENS})
+
+
+def _tokenizer(path: Path) -> Tokenizer | None:
+    return next((Tokenizer(path / name) for name in _TOKENIZERS if (path / name).is_file()), None)
+
+
+def parameter_types(config: RetroConfig) -> str:
+    """The dtype of the parameters, one for all."""
+    return str(next(param.dtype for _, param in nnx.to_flat_state(abstract_parameters(config))))

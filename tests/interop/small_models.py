@@ -1,0 +1,62 @@
+"""Small models with parameters drawn at random, and a tokenizer for them."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from retro_jax.config import RetroConfig, RopeScaling
+from retro_jax.data.tokenizer import Tokenizer, train_tokenizer
+from retro_jax.interop.pretrained import Pretrained
+from retro_jax.model import abstract_parameters
+
+RETRO = RetroConfig(
+    vocab_size=290,
+    width=16,
+    num_layers=3,
+    num_heads=3,
+    head_size=4,
+    ffw_width=20,
+    chunk_length=4,
+    neighbour_length=8,
+    cca_layers=(2, 3),
+    encoder_width=12,
+    encoder_layers=1,
+    encoder_num_heads=2,
+    encoder_head_size=6,
+    encoder_ffw_width=18,
+)
+LLAMA = dataclasses.replace(
+    RETRO,
+    positions="rope",
+    ffw="swiglu",
+    num_heads=4,
+    num_kv_heads=2,
+    tie_embeddings=False,
+    norm_epsilon=1e-5,
+    rope_scaling=RopeScaling("llama3", 8.0, 64),
+)
+QWEN = dataclasses.replace(LLAMA, attention_biases="qkv", rope_scaling=RopeScaling("yarn", 4.0, 32), window=5)
+GPT_2 = dataclasses.replace(
+    RETRO,
+    num_heads=4,
+    positions="learned",
+    max_positions=16,
+    norm="layer",
+    attention_biases="all",
+    ffw_biases=True,
+)
+
+
+def tokenizer(directory: Path) -> Tokenizer:
+    text = "The retrieval database holds chunks of text, and what follows each of them.\n" * 20
+    return train_tokenizer([text], directory / "given.model", vocab_size=290)
+
+
+def pretrained(config: RetroConfig, given: Tokenizer | None = None, *, seed: int = 0, context: int = 12) -> Pretrained:
+    generator = np.random.default_rng(seed)
+    draw = lambda leaf: jnp.asarray(generator.normal(0, 0.5, leaf.shape), leaf.dtype)  # noqa: E731
+    params = jax.tree.map(draw, abstract_parameters(config))
+    return Pretrained(config, params, given, context, 0 if config.is_baseline else 2)

@@ -1,0 +1,193 @@
+"""Bad checkpoints end in one clear line that says what is wrong, never in a pickle that is loaded."""
+
+import json
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from small_models import LLAMA, RETRO, pretrained, tokenizer
+
+from retro_jax.errors import UserError
+from retro_jax.interop.checkpoint import open_checkpoint
+from retro_jax.interop.export import export_huggingface, export_native
+from retro_jax.interop.pretrained import load_pretrained
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory):
+    """Good ones, to be spoilt in copies: "native" with a tokenizer, "hf" in several files."""
+    root = tmp_path_factory.mktemp("exports")
+    export_native(pretrained(RETRO, tokenizer(root)), root / "native", name="Test")
+    export_huggingface(pretrained(LLAMA), root / "hf", name="Test", shard_bytes=8000)
+    return root
+
+
+@pytest.fixture
+def copy(exports, tmp_path):
+    def make(kind):
+        return shutil.copytree(exports / kind, tmp_path / kind)
+
+    return make
+
+
+def line(directory):
+    with pytest.raises(UserError) as error:
+        load_pretrained(directory)
+    message = str(error.value)
+    assert "\n" not in message and str(directory) in message and len(message) < 600
+    return message
+
+
+def edit_tensors(path, change):
+    arrays = dict(load_file(path))
+    change(arrays)
+    save_file(arrays, path, metadata={"format": "pt"})
+
+
+def edit_config(directory, **changes):
+    path = directory / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in (values | changes).items() if value != "absent"}))
+
+
+@pytest.mark.parametrize("size", [0, 5, 200, -1000])
+def test_a_file_cut_short(copy, size):
+    directory = copy("native")
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+    assert "not a whole safetensors file" in line(directory)
+
+
+def test_missing_unknown_and_wrong_tensors_are_listed_up_to_three(copy):
+    directory = copy("native")
+
+    def spoil(arrays):
+        arrays["decoder.layers.1.ffw.up"] = arrays["decoder.layers.1.ffw.up"].T.copy()
+        arrays["decoder.layers.9.ffw.up"] = arrays.pop("decoder.layers.2.ffw.up")
+        del arrays["encoder.norm.scale"]
+
+    edit_tensors(directory / "model.safetensors", spoil)
+    message = line(directory)
+    assert "decoder.layers.2.ffw.up is missing; encoder.norm.scale is missing" in message
+    assert "decoder.layers.1.ffw.up is [20, 16], not [16, 20] and 1 more differences" in message
+
+
+def test_a_configuration_of_another_size(copy):
+    directory = copy("hf")
+    edit_config(directory, hidden_size=32, num_hidden_layers=4)
+    message = line(directory)
+    assert "the tensors are not those of" in message and "model.layers.3.input_layernorm.weight is missing" in message
+
+
+def test_a_shard_that_is_not_there(copy):
+    directory = copy("hf")
+    next(iter(sorted(directory.glob("model-00002*")))).unlink()
+    assert "model-00002-of-" in line(directory)
+
+
+def test_an_index_that_is_none(copy):
+    directory = copy("hf")
+    (directory / "model.safetensors.index.json").write_text("[]")
+    assert "not the index of a sharded safetensors checkpoint" in line(directory)
+
+
+def test_numbers_that_are_not_finite_or_no_floats(copy):
+    directory = copy("native")
+    path = directory / "model.safetensors"
+    edit_tensors(path, lambda arrays: arrays["decoder.norm.scale"].__setitem__(0, np.nan))
+    assert "decoder.norm.scale has numbers that are not finite" in line(directory)
+    edit_tensors(path, lambda arrays: arrays.update({"decoder.norm.scale": np.zeros(16, np.int8)}))
+    assert "decoder.norm.scale is I8; quantised checkpoints are not read" in line(directory)
+
+
+@pytest.mark.parametrize("suffix", ["bin", "pt", "pth"])
+def test_pickled_weights_are_never_loaded(copy, tmp_path, suffix):
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "exploded"), "w"))
+
+    directory = copy("hf")
+    for path in directory.glob("model*"):
+        path.unlink()
+    (directory / f"pytorch_model.{suffix}").write_bytes(pickle.dumps(Bomb()))
+    message = line(directory)
+    assert f"pytorch_model.{suffix} is pickled" in message and "save_pretrained" in message
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "mamba"}, "model_type 'mamba' is not known; known: llama, mistral, qwen2, qwen3, gpt2"),
+        ({"hidden_size": "absent"}, "hidden_size is missing, which every llama model has"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rotary positions 'dynamic' are not supported"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor is missing"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
+        ({"num_key_value_heads": 3}, "num_heads 4 is not a multiple of num_kv_heads 3"),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+            "some layers have a sliding window and some have none",
+        ),
+    ],
+)
+def test_architectures_and_settings_that_cannot_be_followed(copy, changes, message):
+    directory = copy("hf")
+    edit_config(directory, **changes)
+    with pytest.raises(UserError, match=message):
+        load_pretrained(directory)
+
+
+def test_files_that_are_not_what_they_should_be(copy, tmp_path):
+    assert "no such file, so no model is here" in line(tmp_path / "nothing")
+    directory = copy("native")
+    (directory / "config.json").write_text('{"format": "retro_jax"')
+    assert "not JSON" in line(directory)
+    (directory / "config.json").write_text('{"format": "retro_jax", "version": 7}')
+    assert "version 7 of the format" in line(directory)
+
+
+def test_an_unknown_setting_is_named(copy):
+    directory = copy("native")
+    values = json.loads((directory / "config.json").read_text())
+    edit_config(directory, model=values["model"] | {"widht": 3})
+    assert "model.widht: unknown key; did you mean 'width'?" in line(directory)
+
+
+def test_a_tokenizer_that_does_not_match(copy):
+    directory = copy("native")
+    tokenizer(directory).path.rename(directory / "tokenizer.model")
+    (directory / "tokenizer.model").write_bytes((directory / "tokenizer.model").read_bytes() + b"\x1a\x00")
+    assert "the tokenizer has fingerprint" in line(directory)
+    (directory / "tokenizer.model").unlink()
+    assert "the tokenizer is missing" in line(directory)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(copy, exports):
+    directory = copy("hf")
+    shutil.copy(exports / "native" / "tokenizer.model", directory)
+    edit_config(directory, vocab_size=200)
+    for path in directory.glob("model-*.safetensors"):
+        edit_tensors(
+            path,
+            lambda arrays: arrays.update(
+                {k: v[:200].copy() for k, v in arrays.items() if "embed" in k or k == "lm_head.weight"}
+            ),
+        )
+    shutil.rmtree(directory / "retrieval")
+    message = line(directory)
+    assert "290 tokens" in message and "200 rows" in message
+
+
+def test_retrieval_made_for_another_decoder(copy):
+    directory = copy("hf")
+    edit_config(directory, rms_norm_eps=1e-3)
+    assert "made for another decoder" in line(directory)
+
+
+def test_a_directory_that_holds_no_run(tmp_path):
+    with pytest.raises(UserError, match="no run is here"):
+        open_checkpoint(tmp_path)

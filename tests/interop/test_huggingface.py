@@ -1,0 +1,126 @@
+"""Logits of imported models are those of the transformers library, for every kind of decoder that can be imported."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+torch = pytest.importorskip("torch", reason="needs the interop requirements")
+transformers = pytest.importorskip("transformers")
+
+from retro_jax.interop.huggingface import load_base  # noqa: E402
+from retro_jax.model.retro import Retro  # noqa: E402
+
+# Compiling dominates; what the compiler's optimiser does is not the subject.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+VOCAB = 61
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+    "attn_implementation": "eager",
+}
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+MODELS = {
+    "llama 2": ("Llama", {"num_key_value_heads": 4}),
+    "llama 3": ("Llama", {"rope_parameters": LLAMA_3, "head_dim": 16}),
+    "llama, linear scaling, all biases": (
+        "Llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}
+        | {"attention_bias": True, "mlp_bias": True},
+    ),
+    "tinyllama": ("Llama", {"num_key_value_heads": 1, "rms_norm_eps": 1e-5}),
+    "smollm": ("Llama", {"tie_word_embeddings": True, "num_attention_heads": 6, "hidden_size": 36}),
+    "mistral": ("Mistral", {"sliding_window": 24}),
+    "qwen 2": ("Qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    "qwen 2.5": ("Qwen2", {"tie_word_embeddings": True, "rope_parameters": YARN}),
+    "qwen 3": ("Qwen3", {"head_dim": 12}),
+    "gpt-2": ("GPT2", {}),
+}
+
+
+def build(name, **changes):
+    """The model `name`, every parameter drawn at random, norms and biases too."""
+    kind, own = MODELS[name]
+    sizes = SIZES | own | changes
+    if kind == "GPT2":
+        sizes |= {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512, "initializer_range": 0.3}
+        sizes = {key: value for key, value in sizes.items() if key not in ("hidden_size", "num_hidden_layers")}
+        sizes = {key: value for key, value in sizes.items() if not key.startswith(("num_", "max_", "intermediate"))}
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCausalLM" if kind != "GPT2" else "GPT2LMHeadModel")(
+        getattr(transformers, f"{kind}Config")(**sizes)
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.3 * torch.randn_like(parameter)
+    return model.eval()
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def pair(request, tmp_path_factory):
+    """A model of transformers, and ours read from what it saved."""
+    theirs = build(request.param)
+    directory = tmp_path_factory.mktemp("hub")
+    theirs.save_pretrained(directory)
+    config, params = load_base(directory)
+    return theirs, config, logits_of(config, params)
+
+
+def logits_of(config, params):
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Retro(config)))
+    apply = jax.jit(lambda params, tokens: nnx.merge(graphdef, params)(tokens), compiler_options=QUICK)
+    return lambda tokens: np.asarray(apply(params, np.asarray(tokens, np.int32)))
+
+
+def test_logits_equal_transformers(pair):
+    theirs, _, ours = pair
+    generator = np.random.default_rng(0)
+    for batch, length in ((3, 40), (1, 150)):
+        tokens = generator.integers(0, VOCAB, (batch, length))
+        with torch.no_grad():
+            expected = theirs(torch.tensor(tokens)).logits.numpy()
+        assert np.abs(expected).max() > 1
+        np.testing.assert_allclose(ours(tokens), expected, atol=1e-4, rtol=0)
+
+
+def test_padded_batches_equal_transformers(pair):
+    theirs, config, ours = pair
+    generator = np.random.default_rng(1)
+    tokens = generator.integers(0, VOCAB, (3, 40))
+    seen = np.ones((3, 40), bool)
+    seen[1, :7] = False  # on the left
+    seen[2, 33:] = False  # on the right
+    places = np.maximum(seen.cumsum(1) - 1, 0)
+    with torch.no_grad():
+        expected = theirs(
+            torch.tensor(tokens), attention_mask=torch.tensor(seen.astype(int)), position_ids=torch.tensor(places)
+        ).logits.numpy()
+    found = ours(np.where(seen, tokens, config.pad_id))
+    np.testing.assert_allclose(found[seen], expected[seen], atol=1e-4, rtol=0)
+
+
+def test_logits_equal_transformers_far_beyond_the_first_context(tmp_path):
+    theirs = build("llama 3", max_position_embeddings=4096, num_hidden_layers=1)
+    theirs.save_pretrained(tmp_path)
+    tokens = np.random.default_rng(2).integers(0, VOCAB, (1, 3000))
+    with torch.no_grad():
+        expected = theirs(torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(logits_of(*load_base(tmp_path))(tokens), expected, atol=1e-4, rtol=0)

@@ -1,0 +1,63 @@
+"""The reader in docs/ gets the model's logits out of an export with NumPy alone."""
+
+import dataclasses
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from small_models import LLAMA, RETRO, pretrained
+
+from retro_jax.interop.export import export_native
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "docs" / "read_export.py"
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+BLOCKED = "import sys, runpy\nfor name in ('jax', 'flax', 'retro_jax', 'safetensors'): sys.modules[name] = None\n"
+CONFIGS = {
+    "paper": dataclasses.replace(RETRO, tie_embeddings=False),
+    "shared, no positions across": dataclasses.replace(
+        RETRO, share_embeddings=True, encoder_width=16, cross_positions=False
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_example_computes_the_models_logits(tmp_path, name):
+    config = CONFIGS[name]
+    source = pretrained(config)
+    export_native(source, tmp_path / "model", name="Test")
+    reader = runpy.run_path(str(EXAMPLE))["Reader"](tmp_path / "model")
+    generator = np.random.default_rng(0)
+    tokens = generator.integers(1, config.vocab_size, (1, 14), np.int32)
+    near = generator.integers(1, config.vocab_size, (1, 3, 2, config.neighbour_length), np.int32)
+    tokens[0, 5] = near[0, 0, 1, 3:] = near[0, 1] = config.pad_id
+    graphdef = nnx.graphdef(source.model)
+    model = jax.jit(lambda params: nnx.merge(graphdef, params)(tokens, near), compiler_options=QUICK)
+    expected = np.asarray(model(source.params))[0]
+    np.testing.assert_allclose(reader.logits(tokens[0], near[0]), expected, atol=1e-4 * np.abs(expected).max())
+    off = reader.logits(tokens[0])
+    np.testing.assert_array_equal(
+        off[: config.chunk_length - 1], reader.logits(tokens[0], near[0])[: config.chunk_length - 1]
+    )
+    assert np.abs(off - expected).max() > 0.1, "neighbours must matter for the comparison to mean anything"
+
+
+def test_it_runs_where_neither_jax_nor_this_package_is(tmp_path):
+    export_native(pretrained(RETRO), tmp_path / "model", name="Test")
+    near = json.dumps(np.arange(1, 17).reshape(1, 2, 8).tolist())
+    arguments = [str(EXAMPLE), str(tmp_path / "model"), "--tokens=5,17,9,12", f"--neighbours={near}"]
+    code = BLOCKED + f"sys.argv = {arguments!r}\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.splitlines()) == 5
+
+
+def test_another_decoder_is_refused(tmp_path):
+    export_native(pretrained(LLAMA), tmp_path / "model", name="Test")
+    with pytest.raises(SystemExit, match="positions"):
+        runpy.run_path(str(EXAMPLE))["Reader"](tmp_path / "model")

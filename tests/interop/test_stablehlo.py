@@ -1,0 +1,94 @@
+"""Exported programs run without this package and give the model's logits."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from small_models import LLAMA, RETRO, pretrained
+
+from retro_jax.errors import UserError
+from retro_jax.interop import stablehlo
+from retro_jax.interop.stablehlo import PLATFORMS, export_stablehlo
+
+# Everything a user without the package needs: whole sequences, and token after token.
+READER = """
+import json, sys
+import numpy as np
+sys.modules["retro_jax"] = sys.modules["flax"] = None
+import jax
+from jax import export
+from safetensors.numpy import load_file
+
+directory, out = sys.argv[1:]
+about = json.load(open(f"{directory}/programs.json"))
+load = lambda name: export.deserialize(bytearray(open(f"{directory}/{name}.stablehlo", "rb").read())).call
+parameters = load_file(f"{directory}/model.safetensors")
+given = np.load(f"{out}/inputs.npz")
+tokens, neighbours = given["tokens"], given["neighbours"]
+chunk = about["slots"] // neighbours.shape[1]
+on = "forward" in about["programs"]
+whole = load("forward")(parameters, tokens, neighbours) if on else load("forward_off")(parameters, tokens)
+
+def zeros(text):
+    kind, shape = text.rstrip("]").split("[")
+    return np.zeros([len(tokens) if size == "b" else int(size) for size in shape.split(", ") if size], kind)
+
+prepared = load("prepare")(parameters)
+state = jax.tree.map(zeros, about["programs"]["step"]["arguments"][1])
+step, step_end = jax.jit(load("step")), jax.jit(load("step_end" if on else "step_end_off"))
+steps = []
+for slot in range(about["slots"]):
+    if (slot + 1) % chunk:
+        logits, state = step(prepared, state, tokens[:, slot], np.int32(slot))
+    else:
+        near = (neighbours[:, slot // chunk],) if on else ()
+        logits, state = step_end(prepared, state, tokens[:, slot], np.int32(slot), *near)
+    steps.append(logits)
+np.savez(f"{out}/outputs.npz", whole=whole, steps=np.stack(steps, 1))
+"""
+
+
+SMALLEST = dataclasses.replace(LLAMA, num_layers=1, cca_layers=(1,), scan_layers=False)
+
+
+@pytest.mark.parametrize(
+    ("config", "platforms"),
+    [
+        pytest.param(dataclasses.replace(SMALLEST, cca_layers=()), ("cpu",), id="baseline"),
+        pytest.param(SMALLEST, ("cpu",), id="one layer", marks=pytest.mark.slow),
+        pytest.param(dataclasses.replace(RETRO, cca_layers=(2,)), PLATFORMS, id="paper", marks=pytest.mark.slow),
+    ],
+)
+def test_programs_reloaded_without_the_package_give_the_models_logits(tmp_path, config, platforms):
+    source = pretrained(config)
+    export_stablehlo(source, tmp_path / "model", name="Test", platforms=platforms)
+    about = json.loads((tmp_path / "model" / "programs.json").read_text())
+    names = {"forward_off", "prepare", "step", "step_end_off"}
+    assert set(about["programs"]) == names | (set() if config.is_baseline else {"forward", "step_end"})
+    assert about["programs"]["forward_off"]["results"] == "float32[b, 12, 290]"
+    generator = np.random.default_rng(0)
+    tokens = generator.integers(1, config.vocab_size, (2, 12), np.int32)
+    near = generator.integers(1, config.vocab_size, (2, 3, 2, config.neighbour_length), np.int32)
+    np.savez(tmp_path / "inputs.npz", tokens=tokens, neighbours=near)
+    command = [sys.executable, "-c", READER, str(tmp_path / "model"), str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    graphdef = nnx.graphdef(source.model)
+    inputs = (tokens,) if config.is_baseline else (tokens, near)
+    expected = jax.jit(lambda params: nnx.merge(graphdef, params)(*inputs))(source.params)
+    outputs = np.load(tmp_path / "outputs.npz")
+    for name in ("whole", "steps"):
+        np.testing.assert_allclose(outputs[name], expected, atol=1e-4 * np.abs(expected).max(), err_msg=name)
+
+
+def test_a_program_that_gives_other_logits_is_not_exported(tmp_path, monkeypatch):
+    monkeypatch.setattr(stablehlo, "TOLERANCE", -1.0)
+    config = dataclasses.replace(RETRO, num_layers=1, cca_layers=())
+    with pytest.raises(UserError, match="reloaded gives logits"):
+        export_stablehlo(pretrained(config), tmp_path / "model", name="Test", platforms=("cpu",))
+    assert not list(tmp_path.iterdir())
