@@ -4,6 +4,7 @@ PYTHON ?= python3.11
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+INTEROP := $(VENV)/.interop
 WORKERS ?= 2
 SIZE    ?= small
 RESULTS ?= results
@@ -17,10 +18,10 @@ demo: $(READY)
 results: $(READY)
 	$(BIN)/python launch/results.py --data="$(DATA)" --workdir="$(RESULTS)" --size="$(SIZE)"
 
-test: $(READY)
+test: $(READY) $(INTEROP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist=loadfile -m "not slow"
 
-test-all: $(READY)
+test-all: $(READY) $(INTEROP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist=loadfile
 
 lint: $(READY)
@@ -39,3 +40,8 @@ $(READY): requirements/dev.txt setup.py
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/dev.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $(READY)
+
+# What the tests compare imported models with; the demo does without.
+$(INTEROP): requirements/interop.txt $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements/interop.txt
+	touch $@
