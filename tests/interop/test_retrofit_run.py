@@ -149,3 +149,7 @@ def test_the_programs_train_it_and_sample_from_it(base, sequences, tmp_path):
     status, stdout, stderr = run_program("launch/sample.py", *flags)
     assert status == 0, stderr
     assert stdout.startswith("The history of")
+    refused = error_line(
+        "launch/evaluate.py", f"--workdir={tmp_path / 'run'}", f"--corpus={sequences.parent / 'corpus'}"
+    )
+    assert "an imported model's, has PAD, BOS and EOS at" in refused
