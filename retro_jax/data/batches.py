@@ -5,7 +5,6 @@ mixture goes on for ever. Example i of that order is the same whatever the batch
 a batch, so a run resumes in mid-epoch, also on another number of hosts.
 """
 
-import time
 from collections.abc import Sequence
 from hashlib import blake2b
 from typing import Any, NamedTuple, Protocol
@@ -158,14 +157,9 @@ class Batches:
 
 
 class BatchStream:
-    """Endless iterator of batches with threads that read ahead; a context manager, or call `close`.
-
-    Attributes:
-      wait_seconds: time the consumer has spent waiting for batches altogether.
-    """
+    """Endless iterator of batches with threads that read ahead; a context manager, or call `close`."""
 
     def __init__(self, batches: Batches, first_example: int) -> None:
-        self.wait_seconds = 0.0
         self._iterator = iter(
             grain.MapDataset.range(_ENDLESS)
             .map(lambda step: batches._rows_from(first_example + step * batches.batch_size))
@@ -176,10 +170,7 @@ class BatchStream:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        start = time.perf_counter()
-        batch = next(self._iterator)
-        self.wait_seconds += time.perf_counter() - start
-        return batch
+        return next(self._iterator)
 
     def close(self) -> None:
         """Ends the threads."""
