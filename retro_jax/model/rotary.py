@@ -47,7 +47,7 @@ def rotation(
     places: jax.Array, head_size: int, theta: float, dtype: jnp.dtype, scaling: RopeScaling | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """(cos, sin) of the rotary angles, each [P, H/2]."""
-    each, length = frequencies(head_size, theta, scaling, str(dtype))
+    each, length = frequencies(head_size, theta, scaling, jnp.dtype(dtype).name)
     angles = places.astype(dtype)[:, None] * jnp.asarray(each, dtype)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     return (cos, sin) if length == 1 else (cos * length, sin * length)

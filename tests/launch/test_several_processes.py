@@ -223,10 +223,12 @@ def test_a_run_that_lost_its_coordinator_goes_on_in_four_processes(small_data, a
     assert losses(workdir) == pytest.approx(losses(alone), rel=1e-5)
 
 
+@pytest.mark.slow  # the loss of a process is in test_roll_call.py too
 def test_it_goes_on_in_two_processes_loses_one_and_goes_on_in_one(alone, shrunk):
     assert losses(shrunk) == pytest.approx(losses(alone), rel=1e-5)
 
 
+@pytest.mark.slow  # of the same runs
 def test_each_example_is_trained_on_once_by_one_process_whatever_their_number(small_data, recorder, shrunk):
     order = Batches([SequenceSource(small_data.sequences)], batch_size=BATCH, seed=0)
     expected = [

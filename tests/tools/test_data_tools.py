@@ -142,14 +142,24 @@ def test_train_tokenizer_mistakes(tmp_path, flags, words):
     ("flags", "words"),
     [
         ({"tokenizer": "nowhere.model"}, ("nowhere.model: no such tokenizer file",)),
-        ({"tokenizer": SAMPLE}, ("sample.jsonl: not a SentencePiece model",)),
+        ({"tokenizer": SAMPLE}, ("sample.jsonl: not a tokenizer of the tokenizers library",)),
+        ({"tokenizer": Path(__file__)}, (f"{Path(__file__).name}: not a SentencePiece model",)),
         ({"input": "empty"}, ("no document with text",)),
         ({"input": "short"}, ("no document fills a chunk of 64 tokens",)),
         ({"output": SAMPLE}, ("is a file; the corpus stage needs a directory",)),
         ({"output": "tools"}, ("is not empty and holds no corpus stage",)),
         ({"output": "/proc/no/such"}, ("/proc/no",)),
     ],
-    ids=["no tokenizer", "bad tokenizer", "empty", "short", "file", "other directory", "unwritable"],
+    ids=[
+        "no tokenizer",
+        "bad tokenizer",
+        "no tokenizer at all",
+        "empty",
+        "short",
+        "file",
+        "other directory",
+        "unwritable",
+    ],
 )
 def test_build_corpus_mistakes(made, tmp_path, flags, words):
     (tmp_path / "empty.jsonl").write_text("\n")
