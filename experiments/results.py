@@ -3,8 +3,8 @@
     python launch/train.py --config=experiments/results.py --workdir=results/retro
     python launch/train.py --config=experiments/results.py:small-baseline --workdir=results/baseline
 
-Hardware: `small` is for two CPU cores, `large` for one GPU; `trial` only shows that everything runs. The data is made by
-launch/results.py first. An hour for the RETRO of `small` is reckoned with, not measured.
+Hardware: `small` is for two CPU cores, `large` for one GPU; `trial` only shows that everything runs. launch/results.py
+makes the data first. An hour for the RETRO of `small` is reckoned with, not measured.
 """
 
 import ml_collections
