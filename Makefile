@@ -19,10 +19,10 @@ results: $(READY)
 	$(BIN)/python launch/results.py --data="$(DATA)" --workdir="$(RESULTS)" --size="$(SIZE)"
 
 test: $(READY) $(INTEROP)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist=loadfile -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal -m "not slow"
 
 test-all: $(READY) $(INTEROP)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist=loadfile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .

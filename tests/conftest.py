@@ -1,7 +1,9 @@
 """Shared set-up: eight virtual CPU devices and JAX's compilation cache, before anything imports JAX's backends."""
 
+import faulthandler
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,18 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Tells a failure when it comes, in the process that collects them: a run cut short has no summary."""
+    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        print(f"\nfailed: {report.nodeid} ({report.when})\n{report.longreprtext}", file=sys.__stdout__, flush=True)
+
+
+def pytest_sessionfinish() -> None:
+    """No process of the tests hangs at its end."""
+    faulthandler.dump_traceback_later(120, exit=True)
 
 
 @pytest.fixture(scope="module")

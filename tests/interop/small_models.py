@@ -6,8 +6,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from small_run import SAMPLE
+from tokenizers import Tokenizer as Json
+from tokenizers import models, pre_tokenizers, trainers
 
 from retro_jax.config import RetroConfig, RopeScaling
+from retro_jax.data.text import read_documents
 from retro_jax.data.tokenizer import Tokenizer, train_tokenizer
 from retro_jax.interop.pretrained import Pretrained
 from retro_jax.model import abstract_parameters
@@ -53,6 +57,19 @@ GPT_2 = dataclasses.replace(
 def tokenizer(directory: Path) -> Tokenizer:
     text = "The retrieval database holds chunks of text, and what follows each of them.\n" * 20
     return train_tokenizer([text], directory / "given.model", vocab_size=290)
+
+
+def byte_level_tokenizer(path: Path) -> Tokenizer:
+    """GPT-2's kind of tokenizer, of 289 tokens, without one for padding."""
+    given = Json(models.BPE())
+    given.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=289, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    given.train_from_iterator([document.text for document in read_documents([SAMPLE])], trainer)
+    path.write_text(given.to_str())
+    return Tokenizer(path)
 
 
 def pretrained(config: RetroConfig, given: Tokenizer | None = None, *, seed: int = 0, context: int = 12) -> Pretrained:

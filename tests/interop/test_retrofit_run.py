@@ -6,10 +6,8 @@ import json
 import jax
 import numpy as np
 import pytest
-from small_models import LLAMA, pretrained
+from small_models import LLAMA, byte_level_tokenizer, pretrained
 from small_run import SAMPLE, error_line, run_program, write_random_neighbours
-from tokenizers import Tokenizer as Json
-from tokenizers import models, pre_tokenizers, trainers
 
 import retro_jax
 from retro_jax.config import CheckpointConfig, DataConfig, MeshConfig, OptimizerConfig, TrainConfig, to_dict
@@ -30,15 +28,7 @@ M, T = 4, 16
 def base(tmp_path_factory):
     """A Llama with GPT-2's kind of tokenizer and as many rows as that has tokens: none to spare for PAD."""
     directory = tmp_path_factory.mktemp("base")
-    tokenizer = Json(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=289, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator([document.text for document in read_documents([SAMPLE])], trainer)
-    (directory / "given.json").write_text(tokenizer.to_str())
-    ours = Tokenizer(directory / "given.json")
+    ours = byte_level_tokenizer(directory / "given.json")
     model = dataclasses.replace(LLAMA, vocab_size=289, cca_layers=(), pad_id=289, bos_id=0, eos_id=0, unk_id=-1)
     export_huggingface(pretrained(model, ours, context=T), directory / "hub", name="Base")
     return directory / "hub"
