@@ -22,7 +22,7 @@ test: $(READY) $(INTEROP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal -m "not slow"
 
 test-all: $(READY) $(INTEROP)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .

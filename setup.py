@@ -64,7 +64,7 @@ setup(
         "safetensors>=0.5",
         "google-crc32c>=1.5",
         "zstandard>=0.22",
-        "tensorboardX>=2.6",
+        "tensorboard>=2.20",
         "tqdm>=4.66",
         "matplotlib>=3.9",
     ],

@@ -55,6 +55,7 @@ def checkout(tmp_path, small_data):
     return tmp_path
 
 
+@pytest.mark.slow  # ten programs, each with tests of its own
 def test_what_can_run_here_runs(checkout):
     # The TPU compiler takes a minute even for a small model; its own tests run it.
     script = "\n".join(commands("bash")).replace("--topology=v4:4x4x4", "--topology=cpu:2")

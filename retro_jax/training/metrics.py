@@ -7,8 +7,8 @@ import socket
 import time
 from pathlib import Path
 
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
 
 from retro_jax.data.stage import atomic_write
 from retro_jax.data.tfrecord import RecordWriter

@@ -22,11 +22,6 @@ from retro_jax.training.state import plan_model
 from retro_jax.training.trained import TrainedRun
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick(quick_compilation):
-    """For all tests of this folder."""
-
-
 @pytest.fixture(scope="session")
 def library(tmp_path_factory) -> Library:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"

@@ -9,8 +9,6 @@ import pytest
 from small_run import error_line, program, run_program
 
 TEXT = "A text with plenty of words, so that several chunks are complete"
-# Compiling dominates these tests; what the optimiser does is not their subject.
-QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
 @pytest.fixture
@@ -26,7 +24,7 @@ def post(port, path, session):
 
 
 def test_it_serves_what_it_writes_to_a_file_and_ends_when_told_to(flags, tmp_path):
-    server = program("launch/explore.py", *flags, "--port=0", f"--prompt={TEXT}", **QUICK)
+    server = program("launch/explore.py", *flags, "--port=0", f"--prompt={TEXT}")
     try:
         port = int(re.search(r"The explorer: http://127\.0\.0\.1:(\d+)/", server.stdout.readline())[1])
         assert f"port {port} is in use" in error_line("launch/explore.py", *flags, f"--port={port}")
@@ -45,7 +43,7 @@ def test_it_serves_what_it_writes_to_a_file_and_ends_when_told_to(flags, tmp_pat
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
     more = [f"--prompt_file={text}", "--max_new_tokens=0", "--temperature=1", "--top_p=0.5", f"--html={page}"]
-    status, stdout, stderr = run_program("launch/explore.py", *flags, *more, **QUICK)
+    status, stdout, stderr = run_program("launch/explore.py", *flags, *more)
     assert status == 0 and f"{page}: {len(view['tokens'])} tokens in {len(view['chunks'])} chunks" in stdout, stderr
     data = re.search(r'id="view">(.*?)</script>', page.read_text())[1]
     assert json.loads(data) == view

@@ -165,7 +165,11 @@ def test_one_process_writes_and_prints(alone, two):
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"20", "30"}
 
 
-def test_evaluation_gives_the_same_figures_in_one_two_and_four_processes(small_data, two, tmp_path):
+@pytest.fixture(scope="module")
+def evaluation(small_data, two, tmp_path_factory):
+    """(function from a name to a command that evaluates the run, function from that name to its result)."""
+    directory = tmp_path_factory.mktemp("evaluation")
+
     def command(name):
         return (
             "launch/evaluate.py",
@@ -173,34 +177,49 @@ def test_evaluation_gives_the_same_figures_in_one_two_and_four_processes(small_d
             f"--corpus={small_data.corpus}",
             f"--neighbours={small_data.neighbours}",
             f"--database={small_data.database}",
-            f"--output={tmp_path / name}",
+            f"--output={directory / name}",
             "--modes=on",
             "--batch_size=64",
         )
 
+    return command, lambda name: json.loads((directory / name).read_text())["results"][0]
+
+
+@pytest.fixture(scope="module")
+def evaluated(evaluation):
+    """What one process with four devices finds."""
+    command, result = evaluation
     _, stdout, _ = succeeded([program(*command("1"), devices=4)])[0]
     assert "bits/byte" in stdout
-    by_flags = succeeded(start(2, *command("2"), devices=2))
+    return result("1")
+
+
+def assert_same_figures(ends, found, expected):
+    (_, first, _), *others = ends
+    assert "bits/byte" in first
+    assert all("bits/byte" not in output and "windows" not in output for _, *texts in others for output in texts)
+    assert found["nats"] == pytest.approx(expected["nats"], rel=1e-6)
+    sums = ("nats", "groups", "bits_per_byte", "nats_per_token")
+    assert found | dict.fromkeys(sums) == expected | dict.fromkeys(sums)
+
+
+def test_evaluation_gives_the_same_figures_in_two_processes(evaluation, evaluated):
+    command, result = evaluation
+    ends = succeeded(start(2, *command("2"), devices=2))
+    assert_same_figures(ends, result("2"), evaluated)
+
+
+@pytest.mark.slow  # in two above
+def test_evaluation_gives_the_same_figures_in_four_processes_of_slurm(evaluation, evaluated):
+    command, result = evaluation
     slurm = {
         "SLURM_JOB_ID": str(free_slurm_job()),
         "SLURM_STEP_NODELIST": "localhost",
         "SLURM_NTASKS": "4",
         "SLURM_LOCALID": "0",
     }
-    by_slurm = succeeded([program(*command("4"), **slurm, SLURM_PROCID=str(process)) for process in range(4)])
-    for first, *others in (by_flags, by_slurm):
-        assert "bits/byte" in first[1]
-        assert all("bits/byte" not in output and "windows" not in output for _, *texts in others for output in texts)
-    one, *more = (json.loads((tmp_path / name).read_text())["results"][0] for name in ("1", "2", "4"))
-    for result in more:
-        assert result["nats"] == pytest.approx(one["nats"], rel=1e-6)
-        assert {**result, "nats": 0, "groups": 0, "bits_per_byte": 0, "nats_per_token": 0} == {
-            **one,
-            "nats": 0,
-            "groups": 0,
-            "bits_per_byte": 0,
-            "nats_per_token": 0,
-        }
+    ends = succeeded([program(*command("4"), **slurm, SLURM_PROCID=str(process)) for process in range(4)])
+    assert_same_figures(ends, result("4"), evaluated)
 
 
 def free_slurm_job():

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 from retro_jax.data.tfrecord import read_records
 from retro_jax.training.lines import LineWriter, read_lines

@@ -109,10 +109,13 @@ def expected_gradients():
     return {model: gradients(one(), model=model) for model in (MODEL, ROPE)}
 
 
-MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 2, 4), (2, 2, 2, 1), (1, 2, 2, 2), (4, 1, 1, 2), (2, 1, 1, 4)]
-
-
-CASES = [(sizes, MODEL) for sizes in MESHES] + [((1, 2, 2, 2), ROPE)]
+MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2)]
+MORE_MESHES = [(1, 1, 2, 4), (4, 1, 1, 2), (2, 1, 1, 4)]
+CASES = [
+    *((sizes, MODEL) for sizes in MESHES),
+    ((1, 2, 2, 2), ROPE),
+    *(pytest.param(sizes, MODEL, marks=pytest.mark.slow) for sizes in MORE_MESHES),
+]
 
 
 @pytest.mark.parametrize(("sizes", "model"), CASES, ids=lambda case: str(getattr(case, "positions", case)))

@@ -47,6 +47,7 @@ def test_a_finished_run_started_again_changes_nothing(finished_run, small_data):
     assert (finished_run / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.slow  # on one device below, on eight in test_loop.py
 def test_a_killed_run_on_eight_devices_goes_on_bit_for_bit(small_data, tmp_path):
     more = ["--config.mesh.data=2", "--config.mesh.tensor=2"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -64,7 +65,10 @@ def test_a_killed_run_on_eight_devices_goes_on_bit_for_bit(small_data, tmp_path)
     assert "from step" in stdout and losses(killed) == losses(whole)
 
 
-@pytest.mark.parametrize("kill_after_step", [1, 15, 25])
+SLOW = pytest.mark.slow  # more moments of the same
+
+
+@pytest.mark.parametrize("kill_after_step", [pytest.param(1, marks=SLOW), 15, pytest.param(25, marks=SLOW)])
 def test_a_killed_run_goes_on_bit_for_bit(finished_run, small_data, tmp_path, kill_after_step):
     workdir = tmp_path / "killed"
     process = program("launch/train.py", *flags(small_data.recipe, workdir))
@@ -77,7 +81,7 @@ def test_a_killed_run_goes_on_bit_for_bit(finished_run, small_data, tmp_path, ki
     assert losses(workdir) == losses(finished_run)
 
 
-@pytest.mark.parametrize("sight", ["10.*tmp*", "30.*tmp*/params/d"])
+@pytest.mark.parametrize("sight", [pytest.param("10.*tmp*", marks=SLOW), "30.*tmp*/params/d"])
 def test_a_run_killed_while_saving_goes_on_bit_for_bit(finished_run, small_data, tmp_path, sight):
     workdir = tmp_path / "saving"
     process = program("launch/train.py", *flags(small_data.recipe, workdir))
@@ -108,6 +112,7 @@ def test_sigterm_saves_first_and_the_same_command_goes_on(finished_run, small_da
     assert losses(workdir) == losses(finished_run)
 
 
+@pytest.mark.slow  # so does the loop in test_loop.py
 def test_another_mesh_goes_on_with_equal_losses(finished_run, small_data, tmp_path):
     workdir = tmp_path / "elastic"
     shutil.copytree(finished_run, workdir)
@@ -191,6 +196,7 @@ def test_a_workdir_in_use_is_named_before_anything_is_changed(finished_run, smal
     assert json.loads((workdir / "config.json").read_text())["log_every"] == 1
 
 
+@pytest.mark.slow  # three runs
 def test_a_corrupt_compilation_cache_never_breaks_a_run(small_data, tmp_path):
     def run(name):
         more = ["--config.steps=3", f"--compilation_cache={tmp_path / 'cache'}"]
