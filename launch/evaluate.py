@@ -95,7 +95,7 @@ def main() -> None:
         raise UserError(f"--group_by: {_GROUP_BY.value!r} is none of {', '.join(METADATA_KEYS)}")
     results = []
     for workdir in _WORKDIR.value:
-        results += _evaluate_run(_load(workdir, _STEP.value), corpus)
+        results += _evaluate_run(load_trained(workdir, step=_STEP.value), corpus)
     if not hosts.is_primary():
         return
     print(format_table(results))
@@ -212,13 +212,7 @@ def _suite_settings(models: list[Model]) -> Settings:
 
 
 def _model(workdir: str, step: int | None) -> Model:
-    return Model(Path(workdir).name, _load(workdir, step))
-
-
-def _load(workdir: str, step: int | None) -> TrainedRun:
-    run = load_trained(workdir, step=step)
-    run.require_own_special_tokens("launch/evaluate.py")
-    return run
+    return Model(Path(workdir).name, load_trained(workdir, step=step))
 
 
 def _methods(models: list[Model], settings: Settings, output: Path, database: DatabaseCorpus | None) -> Methods:

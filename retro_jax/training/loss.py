@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from retro_jax.config import RetroConfig
 from retro_jax.parallel import rules
 
 
@@ -89,6 +90,11 @@ def _head_backward(saved: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> 
 
 
 head_logits.defvjp(_head_forward, _head_backward)
+
+
+def unscored_labels(model: RetroConfig) -> tuple[int, ...]:
+    """Labels without a loss: PAD, and BOS, which nothing predicts, unless it ends documents too."""
+    return (model.pad_id,) if model.bos_id == model.eos_id else (model.pad_id, model.bos_id)
 
 
 def label_weights(labels: jax.Array, *, unscored: tuple[int, ...]) -> jax.Array:

@@ -16,11 +16,12 @@ from retro_jax import program
 from retro_jax.config import TrainConfig, from_dict
 from retro_jax.data.batches import Batches
 from retro_jax.data.sequences import SequenceSource
-from retro_jax.data.tokenizer import BOS_ID, PAD_ID, UNK_ID
+from retro_jax.data.tokenizer import UNK_ID
 from retro_jax.parallel import rules
 from retro_jax.parallel.mesh import check_batch, create_mesh
 from retro_jax.training.flops import peak_flops
 from retro_jax.training.inputs import abstract_batch, check_data, to_devices
+from retro_jax.training.loss import unscored_labels
 from retro_jax.training.optimizer import create_optimizer
 from retro_jax.training.state import initialise, plan_model, plan_state
 from retro_jax.training.step import make_train_step
@@ -58,7 +59,7 @@ def _time(
 ) -> dict[str, Any]:
     plan = plan_model(config.model, mesh)
     optimizer = create_optimizer(config.optimizer, config.steps, plan.axes)
-    step = make_train_step(config, plan, optimizer, mesh, unscored=(PAD_ID, BOS_ID))
+    step = make_train_step(config, plan, optimizer, mesh, unscored=unscored_labels(config.model))
     begun = time.perf_counter()
     compiled = step.lower(
         plan_state(plan, optimizer, mesh), abstract_batch(config, rules.batch_sharding(mesh))
