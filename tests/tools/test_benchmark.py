@@ -65,6 +65,24 @@ def test_the_baseline_takes_a_process_of_its_own(train_line):
     )
 
 
+def test_retrofit_trains_the_added_parameters_alone_and_says_how_many():
+    full, fitted, adapted = lines("retrofit", *SMALL, "--steps=1", "--k=1", "--lora_rank=3")
+    assert [line["way"] for line in (full, fitted, adapted)] == ["full", "retrofit", "retrofit_lora"]
+    assert full["trained_parameters"] == full["parameters"] == fitted["parameters"] == 551_552
+    assert fitted["trained_parameters"] == 198_080 and fitted["trained_share"] == pytest.approx(198_080 / 551_552)
+    # Query and value of three layers: [64, 3] and [3, 4 x 32].
+    added = 3 * 2 * (64 * 3 + 3 * 4 * 32)
+    assert adapted["trained_parameters"] - fitted["trained_parameters"] == added
+    assert adapted["parameters"] - fitted["parameters"] == added and adapted["lora_rank"] == 3
+    for line in (full, fitted, adapted):
+        assert line["benchmark"] == "retrofit" and line["batch_size"] == 2 and "mfu" not in line
+        for ratio, figure in (
+            ("speed_ratio_to_full", "target_tokens_per_second"),
+            ("memory_ratio_to_full", "peak_memory_bytes"),
+        ):
+            assert line[ratio] == pytest.approx(line[figure] / full[figure])
+
+
 def test_sequences_that_do_not_suit_the_model_are_refused(small_data):
     assert "its tokenizer has 640 tokens, model.vocab_size is 600" in error_line(
         "tools/benchmark.py", "train", *SMALL, "--vocab_size=600", f"--sequences={small_data.sequences}"
