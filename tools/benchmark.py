@@ -378,8 +378,8 @@ def _processor() -> str:
 
 BENCHMARKS = {
     "train": benchmark_train,
-    "retrofit": benchmark_retrofit,
     "data": benchmark_data,
+    "retrofit": benchmark_retrofit,
     "sample": benchmark_sample,
     "embedding": benchmark_embedding,
     "retrieval": benchmark_retrieval,
