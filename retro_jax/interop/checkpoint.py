@@ -7,7 +7,7 @@ import jax
 
 from retro_jax.errors import UserError
 from retro_jax.interop.huggingface import read_json
-from retro_jax.interop.pretrained import CONFIG, FORMAT, Pretrained, load_pretrained, open_pretrained
+from retro_jax.interop.pretrained import CONFIG, FORMAT, Pretrained, load_pretrained, open_pretrained, require_directory
 from retro_jax.model.parameters import layer_reader
 from retro_jax.training.retrofit import Base
 from retro_jax.training.trained import load_trained
@@ -49,6 +49,7 @@ def open_base(path: str | os.PathLike) -> Base:
 
 def _run(path: Path) -> tuple[Path | None, int | None]:
     """The run's directory and the step where `path` is one or a checkpoint of one; None for what was exported."""
+    require_directory(path)
     if path.parent.name == CHECKPOINTS and path.name.isdigit():
         return path.parent.parent, int(path.name)
     if (path / CONFIG).is_file():

@@ -7,6 +7,11 @@ from retro_jax.config import RetroConfig
 from retro_jax.parallel import rules
 
 
+def unscored_labels(model: RetroConfig) -> tuple[int, ...]:
+    """Labels without a loss: PAD, and BOS, which nothing predicts, unless it ends documents too."""
+    return (model.pad_id,) if model.bos_id == model.eos_id else (model.pad_id, model.bos_id)
+
+
 def token_nats(hidden: jax.Array, kernel: jax.Array, labels: jax.Array, *, block: int = 0) -> jax.Array:
     """-log p(label) of every position, in nats.
 
@@ -90,11 +95,6 @@ def _head_backward(saved: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> 
 
 
 head_logits.defvjp(_head_forward, _head_backward)
-
-
-def unscored_labels(model: RetroConfig) -> tuple[int, ...]:
-    """Labels without a loss: PAD, and BOS, which nothing predicts, unless it ends documents too."""
-    return (model.pad_id,) if model.bos_id == model.eos_id else (model.pad_id, model.bos_id)
 
 
 def label_weights(labels: jax.Array, *, unscored: tuple[int, ...]) -> jax.Array:
