@@ -155,19 +155,6 @@ class Checkpoints:
                 self._checkpointer.close()
 
 
-def saved_steps(directory: str | os.PathLike) -> list[int]:
-    """Steps of a run's complete checkpoints, ascending.
-
-    Args:
-      directory: of the run's checkpoints.
-
-    Raises:
-      UserError: there is none.
-    """
-    with _opened(directory) as checkpointer:
-        return [checkpoint.step for checkpoint in checkpointer.checkpoints]
-
-
 def load_params(directory: str | os.PathLike, abstract: nnx.State, step: int | None = None) -> tuple[nnx.State, int]:
     """Parameters alone, for evaluation and sampling.
 
@@ -182,16 +169,31 @@ def load_params(directory: str | os.PathLike, abstract: nnx.State, step: int | N
     Raises:
       UserError: there is no checkpoint, or not this one, or it is damaged or of another configuration.
     """
-    with _opened(directory) as checkpointer:
-        steps = [checkpoint.step for checkpoint in checkpointer.checkpoints]
+    directory = Path(directory).absolute()
+    steps = saved_steps(directory)
+    with ocp.training.Checkpointer(directory) as checkpointer:
         if step is not None and step not in steps:
-            raise UserError(
-                f"{checkpointer.directory}: no checkpoint of step {step}; there are {', '.join(map(str, steps))}"
-            )
+            raise UserError(f"{directory}: no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
         step = steps[-1] if step is None else step
         wanted = {"params": to_nested_dict(abstract)}
         items, _ = _load(checkpointer, step, wanted, lambda earlier: f"--step={earlier} takes the one before it")
     return from_nested_dict(abstract, items["params"]), step
+
+
+def saved_steps(directory: str | os.PathLike) -> list[int]:
+    """Steps of the complete checkpoints of a run, ascending, at least one.
+
+    Raises:
+      UserError: there is none.
+    """
+    directory = Path(directory).absolute()
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no checkpoints here; train first")
+    with ocp.training.Checkpointer(directory) as checkpointer:
+        steps = [checkpoint.step for checkpoint in checkpointer.checkpoints]
+    if not steps:
+        raise UserError(f"{directory}: no complete checkpoint here; train first")
+    return steps
 
 
 class _DamagedError(Exception):
@@ -314,18 +316,6 @@ def _check_shapes(checkpoint: os.PathLike, saved: dict[str, list[Any]], wanted: 
 
 def _in_words(description: list[Any] | None) -> str:
     return f"{description[0]} {description[1]}" if description else "not there"
-
-
-@contextlib.contextmanager
-def _opened(directory: str | os.PathLike) -> Iterator[ocp.training.Checkpointer]:
-    """Raises UserError unless there is a complete checkpoint."""
-    directory = Path(directory).absolute()
-    if not directory.is_dir():
-        raise UserError(f"{directory}: no checkpoints here; train first")
-    with ocp.training.Checkpointer(directory) as checkpointer:
-        if not checkpointer.checkpoints:
-            raise UserError(f"{directory}: no complete checkpoint here; train first")
-        yield checkpointer
 
 
 @contextlib.contextmanager
