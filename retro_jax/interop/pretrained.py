@@ -19,7 +19,7 @@ from retro_jax.config import SPECIAL_TOKENS, RetroConfig, from_dict
 from retro_jax.data.tokenizer import Tokenizer
 from retro_jax.errors import UserError
 from retro_jax.interop.huggingface import CONFIG, BaseTensors, open_huggingface, read_json
-from retro_jax.interop.tensors import Tensors
+from retro_jax.interop.tensors import Tensors, require_no_file
 from retro_jax.model.parameters import assemble, layer_shapes
 from retro_jax.model.retro import Retro
 
@@ -80,12 +80,14 @@ class Opened(NamedTuple):
 def open_pretrained(path: str | os.PathLike) -> Opened:
     """As `load_pretrained`, without reading the parameters yet."""
     path = Path(path)
-    require_directory(path)
+    require_no_file(path)
     if not (path / CONFIG).is_file():
         raise UserError(f"{path / CONFIG}: no such file, so no model is here; export one with launch/export.py")
     values = read_json(path / CONFIG)
     if values.get("format") == FORMAT:
         return _finish(path, values, *open_native(path, values))
+    if is_run(values):
+        raise UserError(f"{path} is a run of launch/train.py; export it with launch/export.py first")
     config, base = open_huggingface(path)
     if not (path / RETRIEVAL / CONFIG).is_file():
         tokenizer = _tokenizer(path)
@@ -99,6 +101,11 @@ def open_pretrained(path: str | os.PathLike) -> Opened:
     if _decoder(whole) != _decoder(config):
         raise UserError(f"{path / RETRIEVAL}: made for another decoder than that of {path / CONFIG}")
     return _finish(path, values, whole, _joined(path, whole, base))
+
+
+def is_run(values: dict[str, Any]) -> bool:
+    """Whether this is the config.json of a run, not of a model."""
+    return "model" in values and not {"format", "model_type"} & set(values)
 
 
 def open_native(path: Path, values: dict[str, Any]) -> tuple[RetroConfig, Callable[[str], np.ndarray]]:
@@ -121,12 +128,6 @@ def retrieval_shapes(config: RetroConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of what a RETRO has beside its decoder's base: encoder and chunked cross-attention."""
     base = layer_shapes(_decoder(config))
     return {name: tuple(leaf.shape) for name, leaf in layer_shapes(config).items() if name not in base}
-
-
-def require_directory(path: Path) -> None:
-    """Raises UserError where a model is named by one of its files."""
-    if path.is_file():
-        raise UserError(f"{path} is a file; name the directory of the model, which holds {CONFIG} and safetensors")
 
 
 def _joined(path: Path, config: RetroConfig, base: BaseTensors) -> Callable[[str], np.ndarray]:

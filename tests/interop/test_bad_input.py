@@ -157,11 +157,11 @@ def test_architectures_and_settings_that_cannot_be_followed(copy, changes, messa
 
 def test_files_that_are_not_what_they_should_be(copy, tmp_path):
     assert "no such file, so no model is here" in line(tmp_path / "nothing")
-    file = tmp_path / "model.safetensors"
-    file.touch()
-    assert "is a file; name the directory of the model" in line(file)
-    with pytest.raises(UserError, match="is a file; name the directory"):
-        open_checkpoint(file)
+    (tmp_path / "model.safetensors").touch()
+    assert "a file; give the directory of the model" in line(tmp_path / "model.safetensors")
+    (tmp_path / "model.pt").touch()
+    with pytest.raises(UserError, match=r"model\.pt is pickled"):
+        open_checkpoint(tmp_path / "model.pt")
     directory = copy("native")
     (directory / "config.json").write_text('{"format": "retro_jax"')
     assert "not JSON" in line(directory)
@@ -208,5 +208,13 @@ def test_retrieval_made_for_another_decoder(copy):
 
 
 def test_a_directory_that_holds_no_run(tmp_path):
-    with pytest.raises(UserError, match="no run is here"):
+    with pytest.raises(UserError, match="neither a run nor a model is here"):
         open_checkpoint(tmp_path)
+
+
+def test_a_configuration_of_nothing_known_and_a_run_in_the_place_of_a_model(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 16}))
+    with pytest.raises(UserError, match="model_type None is not known"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model": {"width": 16}, "steps": 2}))
+    assert "is a run of launch/train.py; export it with launch/export.py" in line(tmp_path)
