@@ -15,7 +15,7 @@ from retro_jax.interop.tensors import Tensors
 
 CONFIG = "config.json"
 # Buffers that some versions wrote beside the weights; they are made from the configuration.
-_BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")
+_BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 _PREFIXES = ("model.", "transformer.")  # none where the base was saved without its head
 
 
