@@ -40,7 +40,7 @@ def test_the_demo_goes_from_text_to_a_report_and_on_after_a_kill(tmp_path):
     status, stdout, stderr = run_program("launch/retrofit_curve.py", *flags, timeout=600)
     assert status == 0, stderr
     for curve in json.loads((tmp_path / "curve" / "curve.json").read_text()):
-        baseline, scratch, fitted = curve["lines"].values()
-        assert [[step for step, _ in points] for points in (baseline, scratch, fitted)] == [[4, 8], [4, 8], [0, 4, 8]]
-        assert fitted[0][1] == baseline[-1][1] and curve["short"][0] == 2
+        steps = {name: [step for step, _ in points] for name, points in curve["lines"].items()}
+        assert steps == {"baseline": [4, 8], "RETRO from scratch, ON": [4, 8], "RETROfit, ON": [0, 4, 8]}
+        assert curve["lines"]["RETROfit, ON"][0][1] == curve["lines"]["baseline"][-1][1] and curve["short"][0] == 2
         assert (tmp_path / "curve" / f"curve-{curve['set']}.png").read_bytes()[:4] == b"\x89PNG"
