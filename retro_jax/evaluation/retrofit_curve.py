@@ -29,7 +29,7 @@ def retrofit_curve(results: Mapping[str, Any], name: str) -> dict[str, Any]:
       scratch is not better than the baseline.
     """
     swept = {sweep["model"]: sweep["points"] for sweep in results["sweeps"] if _is(sweep, name)}
-    lines = {name: [[point["x"], point["bits_per_byte"]] for point in swept[label]] for label, name in _LINES.items()}
+    lines = {shown: [[point["x"], point["bits_per_byte"]] for point in swept[label]] for label, shown in _LINES.items()}
     baseline, scratch, fitted = lines.values()
     fitted.insert(0, [0, baseline[-1][1]])
     rows = next(entry["rows"] for entry in results["sets"] if entry["name"] == name)
