@@ -4,7 +4,12 @@
     python launch/train.py --config=experiments/retrofit_demo.py --workdir=demo/open --config.unfreeze_decoder=True
 
 Hardware: 2 CPU cores, as the demo. The decoder stays that of demo/baseline, so RETRO[OFF] is that baseline bit for bit;
-RETRO[ON] begins as it, too. Data, steps and learning rate are those of experiments/demo.py.
+RETRO[ON] begins as it, too. Data, steps and learning rate are those of experiments/demo.py. The curve beside a RETRO
+from scratch and the baseline:
+
+    python launch/retrofit_curve.py --demo=demo --workdir=retrofit-curve
+
+What training the added parameters alone saves: `python tools/benchmark.py retrofit --preset=demo --length=256`.
 """
 
 import ml_collections

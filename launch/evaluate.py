@@ -43,7 +43,9 @@ from retro_jax.parallel import hosts
 from retro_jax.retrieval.database import Database
 from retro_jax.retrieval.neighbours import NeighbourTable
 from retro_jax.retrieval.segments import DatabaseCorpus
+from retro_jax.training.checkpoint import saved_steps
 from retro_jax.training.trained import TrainedRun, load_trained
+from retro_jax.training.workdir import CHECKPOINTS
 
 _WORKDIR = flags.DEFINE_list("workdir", None, "Runs to evaluate, separated by commas.")
 _CORPUS = flags.DEFINE_string("corpus", None, "Corpus stage with the documents to score.")
@@ -63,7 +65,7 @@ _SETS = flags.DEFINE_list("sets", [], "Suite: directories of sets of documents."
 _SWEEPS = flags.DEFINE_list("sweeps", [], "Suite: names of sets (of their directories) that sweeps are made on.")
 _KS = flags.DEFINE_list("ks", [str(k) for k in KS], "Suite: numbers of neighbours to sweep over.")
 _SHARES = flags.DEFINE_list("shares", [str(share) for share in SHARES], "Suite: shares of the database to sweep over.")
-_STEPS = flags.DEFINE_list("steps", [], "Suite: earlier checkpoints to score on the swept sets.")
+_STEPS = flags.DEFINE_list("steps", [], "Suite: earlier checkpoints to score on the swept sets, where a run has them.")
 _METHODS = flags.DEFINE_list("methods", [], f"Suite: comparison methods, out of {', '.join(METHODS)}.")
 _KNN_NEIGHBOURS = flags.DEFINE_integer("knn_neighbours", 10, "Suite: neighbours of a token in kNN-LM and the gate.")
 _DATASTORE_SHARE = flags.DEFINE_float("datastore_share", 1.0, "Suite: of the database, for the datastore of kNN-LM.")
@@ -95,7 +97,7 @@ def main() -> None:
         raise UserError(f"--group_by: {_GROUP_BY.value!r} is none of {', '.join(METADATA_KEYS)}")
     results = []
     for workdir in _WORKDIR.value:
-        results += _evaluate_run(_load(workdir, _STEP.value), corpus)
+        results += _evaluate_run(load_trained(workdir, step=_STEP.value), corpus)
     if not hosts.is_primary():
         return
     print(format_table(results))
@@ -179,9 +181,7 @@ def _run_suite() -> None:
     if _EMBEDDER.value and _DATABASE.value:
         database = _searchable()
     suite = Suite(output, settings, sets, methods=_methods(models, settings, output, corpus), database=database)
-    steps = [int(step) for step in _STEPS.value]
-    earlier = [_model(workdir, step) for workdir in _WORKDIR.value for step in steps]
-    results = suite.run(models, [model for model in earlier if all(model.run.step != m.run.step for m in models)])
+    results = suite.run(models, _earlier(models))
     command = f"python launch/evaluate.py {shlex.join(sys.argv[1:])}"
     facts = [*made_with().items(), ("seed of training", str(models[0].run.config.seed)), ("command", command)]
     print(f"The results: {write_report(output, 'Evaluation', results, facts=facts)}")
@@ -212,13 +212,22 @@ def _suite_settings(models: list[Model]) -> Settings:
 
 
 def _model(workdir: str, step: int | None) -> Model:
-    return Model(Path(workdir).name, _load(workdir, step))
+    return Model(Path(workdir).name, load_trained(workdir, step=step))
 
 
-def _load(workdir: str, step: int | None) -> TrainedRun:
-    run = load_trained(workdir, step=step)
-    run.require_own_special_tokens("launch/evaluate.py")
-    return run
+def _earlier(models: list[Model]) -> list[Model]:
+    """The runs at those of --steps that they have a checkpoint of, beside the one that is evaluated anyway."""
+    there = {model.name: saved_steps(model.run.workdir / CHECKPOINTS) for model in models}
+    for step in _STEPS.value:
+        if not any(step == str(one) for steps in there.values() for one in steps):
+            raise UserError(f"--steps: no run has a checkpoint of step {step!r}")
+    wanted = sorted({int(step) for step in _STEPS.value})
+    return [
+        _model(str(model.run.workdir), step)
+        for model in models
+        for step in wanted
+        if step in there[model.name] and step != model.run.step
+    ]
 
 
 def _methods(models: list[Model], settings: Settings, output: Path, database: DatabaseCorpus | None) -> Methods:

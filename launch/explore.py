@@ -73,7 +73,6 @@ def main() -> None:
 
 def _open() -> Explorer:
     run = load_trained(_WORKDIR.value, step=_STEP.value)
-    run.require_own_special_tokens("launch/explore.py")
     library = program.retriever(run)
     if library is None:
         raise UserError("there is nothing to retrieve from: give --database and --embedder, or --service")

@@ -69,6 +69,6 @@ class Pipeline:
             return f"--{key}" if value else f"--no{key}"
         if key == "config":
             return f"--config={self._root / str(value)}"
-        if isinstance(value, list | tuple):
+        if isinstance(value, list | tuple | range):
             return f"--{key}={','.join(map(str, value))}"
         return f"--{key}={value}"

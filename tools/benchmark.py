@@ -3,6 +3,7 @@
     python tools/benchmark.py train --shape=tiny
     python tools/benchmark.py train --shape=small --peer=retro-pytorch
     python tools/benchmark.py train --preset=425m --length=2048 --batch_size=16 --dtype=bfloat16
+    python tools/benchmark.py retrofit --preset=172m --length=1024 --batch_size=1 --lora_rank=8
     python tools/benchmark.py data --sequences=demo/sequences --batch_size=32
     python tools/benchmark.py sample --shape=tiny --peer=retro-pytorch --new_tokens=64,256
     python tools/benchmark.py sample --database=DB --embedder=minilm --new_tokens=512 --prompts=1,8
@@ -14,9 +15,10 @@
 
 Every side is measured in a process of its own, so that its peak memory is its own, and the sides take turns. `train`
 gives our step beside that of the baseline with the same decoder, or, with --peer, beside the PyPI package retro-pytorch
-at the same shapes (in an environment that is made on first use); the last line then has the ratios. `data` reads from
-a cold start, --sequences or synthetic ones. `sample` generates with random neighbours or those of --database, beside
-the same peer if asked. `embedding` turns the texts of chunks into vectors with our BERT, onnxruntime and torch.
+at the same shapes (in an environment that is made on first use); the last line then has the ratios. `retrofit` trains
+the whole model, encoder and cross-attention alone, and these with LoRA on the decoder. `data` reads from a cold start,
+--sequences or synthetic ones. `sample` generates with random neighbours or those of --database, beside the same peer if
+asked. `embedding` turns the texts of chunks into vectors with our BERT, onnxruntime and torch.
 `retrieval` searches real embeddings with our index and with FAISS and hnswlib; `growth` does so from 10,000 to a
 million vectors, those beyond the real ones made of them. `service` asks a database by gRPC and in this process.
 `pipeline` runs the programs from text to TFRecords. Without a name `train` and `data` run.
@@ -46,6 +48,7 @@ from benchmarks import (
     retrieval,
     retrieval_plot,
     retro_pytorch,
+    retrofit,
     sample,
     service_overhead,
     train,
@@ -82,6 +85,7 @@ _WARMUP = flags.DEFINE_integer("warmup", 3, "Steps before them, in every round."
 _ROUNDS = flags.DEFINE_integer("rounds", None, "Turns of every side; default 3 beside a peer, else 1.", lower_bound=1)
 _CORES = flags.DEFINE_integer("cores", 0, "Processor cores a side may use; 0 for all.", lower_bound=0)
 _CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 0, "Devices that JAX makes of the CPU; 0 for one.", lower_bound=0)
+_LORA_RANK = flags.DEFINE_integer("lora_rank", 8, "Rank of LoRA in `retrofit`; 0 leaves it out.", lower_bound=0)
 _BASELINE = flags.DEFINE_bool("baseline", True, "Measure the baseline too, where there is no peer.")
 _PEER = flags.DEFINE_enum("peer", None, [*train.PEERS], "A peer that is measured in turn with us, on the CPU.")
 _PEER_TORCH = flags.DEFINE_string("peer_torch", retro_pytorch.TORCH, "What is installed as the peer's torch.")
@@ -141,6 +145,13 @@ def benchmark_train() -> None:
     lines = [line for config in configs for line in train.against_peer(config, plan, python)]
     for line in sorted(lines, key=lambda line: line["benchmark"] == "comparison"):
         _report(line)
+
+
+def benchmark_retrofit() -> None:
+    plan = train.Plan(_STEPS.value, _WARMUP.value, _ROUNDS.value or 1, _CORES.value, _CPU_DEVICES.value)
+    for dtype in _DTYPE.value:
+        for line in retrofit.lines(_config(dtype), plan, _LORA_RANK.value):
+            _report(line)
 
 
 def benchmark_data() -> None:
@@ -368,6 +379,7 @@ def _processor() -> str:
 BENCHMARKS = {
     "train": benchmark_train,
     "data": benchmark_data,
+    "retrofit": benchmark_retrofit,
     "sample": benchmark_sample,
     "embedding": benchmark_embedding,
     "retrieval": benchmark_retrieval,

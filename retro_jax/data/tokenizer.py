@@ -143,6 +143,10 @@ class Tokenizer:
         lengths.setflags(write=False)
         return lengths
 
+    def is_text(self, tokens: np.ndarray) -> np.ndarray:
+        """bool, of the shape of `tokens`: which of them are text: not PAD, and not the begin or end of a document."""
+        return (tokens != self.pad_id) & (tokens != self.bos_id) & (tokens != self.eos_id)
+
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without BOS or EOS; text that looks like a special token is text.
 

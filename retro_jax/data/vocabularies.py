@@ -120,8 +120,16 @@ def _read_json(path: Path, content: bytes) -> Vocabulary:
     unknown = values["model"].get("unk_token")
     unk = tokenizer.token_to_id(unknown) if isinstance(unknown, str) else values["model"].get("unk_id")
 
+    def first(known: tuple[str, ...]) -> int | None:
+        found = [tokenizer.token_to_id(name) for name in known]
+        return next((token for token in found if token is not None), None)
+
+    bos, eos = first(_BOS), first(_EOS)
+    if bos is None and eos is None:
+        raise UserError(f"{path}: this tokenizer has none of {', '.join(_EOS)}, which end a document")
+
     def bytes_of(token: int) -> bytes:
-        if token not in names or (token == unk and not byte_level):
+        if token not in names or token in (bos, eos) or (token == unk and not byte_level):
             return b""
         if token in added:
             return b"" if added[token]["special"] else added[token]["content"].encode()
@@ -139,13 +147,6 @@ def _read_json(path: Path, content: bytes) -> Vocabulary:
                 raise lossy(path, f"of {text[:40]!r} for one")
         return found
 
-    def first(known: tuple[str, ...]) -> int | None:
-        found = [tokenizer.token_to_id(name) for name in known]
-        return next((token for token in found if token is not None), None)
-
-    bos, eos = first(_BOS), first(_EOS)
-    if bos is None and eos is None:
-        raise UserError(f"{path}: this tokenizer has none of {', '.join(_EOS)}, which end a document")
     return Vocabulary(
         [*pieces, b""],
         encode,

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from retro_jax.data.corpus import Corpus
-from retro_jax.evaluation.losses import TokenLosses, text_tokens
+from retro_jax.evaluation.losses import TokenLosses
 
 _CHUNKS_AT_ONCE = 65_536
 
@@ -97,14 +97,16 @@ def document_scores(losses: TokenLosses, counted: np.ndarray | None = None) -> D
         stay, with zeros.
     """
     corpus = losses.corpus
-    count, bytes_of = corpus.num_documents, corpus.tokenizer.token_bytes
+    count, tokenizer = corpus.num_documents, corpus.tokenizer
     nats, tokens, size = np.zeros(count), np.zeros(count), np.zeros(count)
     for first in range(0, corpus.num_chunks, _CHUNKS_AT_ONCE):
         ids = np.arange(first, min(first + _CHUNKS_AT_ONCE, corpus.num_chunks))
         text = corpus.tokens(ids)
-        chosen = text_tokens(text) if counted is None else text_tokens(text) & counted[ids]
+        chosen = tokenizer.is_text(text)
+        if counted is not None:
+            chosen &= counted[ids]
         documents = corpus.document_index(ids)
-        for total, values in ((nats, losses.nats[ids]), (tokens, 1), (size, bytes_of[text])):
+        for total, values in ((nats, losses.nats[ids]), (tokens, 1), (size, tokenizer.token_bytes[text])):
             total += np.bincount(documents, np.where(chosen, values, 0).sum(axis=1, dtype=np.float64), count)
     firsts = np.array([corpus.document_range(document)[0] for document in range(count)], np.int64)
     return DocumentScores(nats, tokens.astype(np.int64), size.astype(np.int64), corpus.document_keys(firsts))

@@ -11,10 +11,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from retro_jax.data.corpus import Corpus
-from retro_jax.data.tokenizer import PAD_ID
 from retro_jax.errors import UserError
 from retro_jax.evaluation.forward import Forward
-from retro_jax.evaluation.losses import TokenLosses, text_tokens
+from retro_jax.evaluation.losses import TokenLosses
 from retro_jax.progress import Progress
 from retro_jax.retrieval.database import Database
 
@@ -68,7 +67,7 @@ def completion_tokens(corpus: Corpus, completions: Mapping[str, str]) -> np.ndar
             continue
         rows = slice(record.first_chunk, record.first_chunk + record.chunks)
         tokens = corpus.tokens(np.arange(rows.start, rows.stop))
-        places = np.flatnonzero(text_tokens(tokens))
+        places = np.flatnonzero(corpus.tokenizer.is_text(tokens))
         text = tokens.reshape(-1)[places]
         count, tail = 0, b""
         while len(tail) < len(wanted) and count < len(text):
@@ -130,7 +129,7 @@ def padded_losses(
     Raises:
       UserError: a completion longer than a chunk.
     """
-    M = corpus.chunk_length
+    M, pad = corpus.chunk_length, corpus.pad_id
     documents = np.unique(corpus.document_index(np.flatnonzero(marked.any(axis=1))))
     rows = [_padded_row(corpus, marked, int(document), window) for document in documents]
     retrieved = None
@@ -145,13 +144,13 @@ def padded_losses(
         for start in range(0, len(rows), forward.batch_size):
             places = order[start : start + forward.batch_size]
             length = max(-(-len(rows[place].tokens) // M) for place in places) * M
-            tokens = np.full((len(places), length), PAD_ID, np.int32)
+            tokens = np.full((len(places), length), pad, np.int32)
             for row, place in enumerate(places):
                 tokens[row, : len(rows[place].tokens)] = rows[place].tokens
-            labels = np.concatenate([tokens[:, 1:], np.full((len(places), 1), PAD_ID, np.int32)], axis=1)
+            labels = np.concatenate([tokens[:, 1:], np.full((len(places), 1), pad, np.int32)], axis=1)
 
             def neighbours(wanted: Sequence[int], places: Sequence[int] = places, length: int = length) -> np.ndarray:
-                found = np.full((len(wanted), length // M, k, retrieved.shape[-1]), PAD_ID, np.int32)
+                found = np.full((len(wanted), length // M, k, retrieved.shape[-1]), pad, np.int32)
                 for row, at in enumerate(wanted):
                     own = retrieved[ends[places[at]] : ends[places[at] + 1]]
                     found[row, : len(own)] = own
@@ -191,6 +190,6 @@ def _padded_row(corpus: Corpus, marked: np.ndarray, document: int, window: int) 
     if len(asked) > M:
         raise UserError(f"{corpus.directory}: a completion of {len(asked)} tokens is longer than a chunk of {M}")
     context = tokens[: asked[0]][-(window - M) :]
-    padding = np.full(-len(context) % M, PAD_ID, np.int32)
+    padding = np.full(-len(context) % M, corpus.pad_id, np.int32)
     row = np.concatenate([padding, context, tokens[asked]])
     return _PaddedRow(row, len(padding) + len(context), first + asked // M, asked % M)

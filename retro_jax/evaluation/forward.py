@@ -10,7 +10,6 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from retro_jax.data.tokenizer import PAD_ID
 from retro_jax.parallel import hosts, rules
 from retro_jax.training.loss import head_logits, token_nats
 from retro_jax.training.state import ModelPlan
@@ -111,8 +110,8 @@ class Forward:
 
 
 def _filled(rows: np.ndarray, count: int) -> np.ndarray:
-    """Rows [n, ...] and PAD rows behind them, [count, ...]."""
-    return np.concatenate([rows, np.full((count - len(rows), *rows.shape[1:]), PAD_ID, rows.dtype)])
+    """Rows [n, ...] and rows behind them of which nothing is asked, [count, ...]."""
+    return np.concatenate([rows, np.zeros((count - len(rows), *rows.shape[1:]), rows.dtype)])
 
 
 def _best_tokens(hidden: jax.Array, kernel: jax.Array, block: int) -> jax.Array:

@@ -8,7 +8,7 @@ import numpy as np
 
 from retro_jax.data.corpus import Corpus
 from retro_jax.evaluation.bits_per_byte import document_scores
-from retro_jax.evaluation.losses import TokenLosses, text_tokens
+from retro_jax.evaluation.losses import TokenLosses
 
 NEIGHBOURS = 10
 ALPHAS = tuple(eighth / 8 for eighth in range(1, 9))
@@ -42,7 +42,7 @@ def leaked_shares(corpus: Corpus, runs: np.ndarray) -> np.ndarray:
       corpus: the chunks'.
       runs: `retro_jax.evaluation.overlap.runs_in_own_neighbours` with 10 neighbours in the training data.
     """
-    tokens = text_tokens(corpus.tokens(np.arange(corpus.num_chunks))).sum(axis=1)
+    tokens = corpus.tokenizer.is_text(corpus.tokens(np.arange(corpus.num_chunks))).sum(axis=1)
     return runs.max(axis=1) / np.maximum(tokens, 1)
 
 

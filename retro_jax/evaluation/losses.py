@@ -14,18 +14,12 @@ import numpy as np
 
 from retro_jax.data.corpus import Corpus
 from retro_jax.data.stage import Stage
-from retro_jax.data.tokenizer import BOS_ID, EOS_ID, PAD_ID
 from retro_jax.errors import UserError
 from retro_jax.evaluation.passes import ScoredSpan
 
 _NATS = "nats.npy"
 _BEST = "best.npy"
 _CHUNKS_AT_ONCE = 65_536
-
-
-def text_tokens(tokens: np.ndarray) -> np.ndarray:
-    """bool, of the same shape: which tokens are text: not the start token, the end token or padding."""
-    return (tokens != PAD_ID) & (tokens != BOS_ID) & (tokens != EOS_ID)
 
 
 class TokenLosses:
@@ -51,7 +45,8 @@ class TokenLosses:
         """[n] float64: the losses of a document's text, in order, without start and end token."""
         first, chunks = self.corpus.document_range(document)
         ids = np.arange(first, first + chunks)
-        return self.nats[first : first + chunks][text_tokens(self.corpus.tokens(ids))].astype(np.float64)
+        scored = self.corpus.tokenizer.is_text(self.corpus.tokens(ids))
+        return self.nats[first : first + chunks][scored].astype(np.float64)
 
     def chunk_nats(self) -> np.ndarray:
         """[chunks] float64: the loss of each chunk's text."""
@@ -93,15 +88,15 @@ class LossCollector:
             defect of ours, never to be hidden).
         """
         corpus, total = self._corpus, 0
-        bytes_of = corpus.tokenizer.token_bytes
+        tokenizer = corpus.tokenizer
         for first in range(0, corpus.num_chunks, _CHUNKS_AT_ONCE):
             chunks = slice(first, min(first + _CHUNKS_AT_ONCE, corpus.num_chunks))
             tokens = corpus.tokens(np.arange(chunks.start, chunks.stop))
-            scored = text_tokens(tokens)
+            scored = tokenizer.is_text(tokens)
             nats = self._nats[chunks]
             assert np.isfinite(nats[scored]).all(), "a token of the text has no finite loss"
             nats[~scored] = 0
-            total += int(bytes_of[tokens[scored]].sum())
+            total += int(tokenizer.token_bytes[tokens[scored]].sum())
         assert total == corpus.num_bytes, f"scored {total} bytes of {corpus.num_bytes}"
         return TokenLosses(corpus, self._nats, self._best, settings)
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from retro_jax.data.corpus import Corpus
-from retro_jax.data.tokenizer import PAD_ID
 from retro_jax.evaluation.forward import Forward
 from retro_jax.evaluation.neighbourhood import Neighbourhood, other_documents
 from retro_jax.evaluation.windows import Window, check_window, document_windows
@@ -138,8 +137,8 @@ class _WindowReader:
 
     def text(self, windows: Sequence[Window], length: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and labels [n, length] int32; PAD beyond a window's end."""
-        tokens = np.full((len(windows), length), PAD_ID, np.int32)
-        labels = np.full((len(windows), length), PAD_ID, np.int32)
+        tokens = np.full((len(windows), length), self._corpus.pad_id, np.int32)
+        labels = np.full((len(windows), length), self._corpus.pad_id, np.int32)
         for row, window in enumerate(windows):
             text = self._corpus.tokens(self._chunk_ids(window)).reshape(-1)
             tokens[row, : window.length] = text[: window.length]

@@ -1,8 +1,9 @@
-"""Plots of evaluations, as SVG that stands alone."""
+"""Plots of evaluations, as SVG that stands alone, or PNG."""
 
 import io
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib
 
@@ -26,9 +27,14 @@ def new_axes(height: float = 3.4) -> tuple[plt.Figure, plt.Axes]:
     return figure, axes
 
 
-def line_plot(
+def line_plot(lines: Mapping[str, Points], **axes: Any) -> str:
+    """`line_figure` as SVG."""
+    return svg(line_figure(lines, **axes))
+
+
+def line_figure(
     lines: Mapping[str, Points], *, x: str, y: str = "bits per byte", log_x: bool = False, percent_x: bool = False
-) -> str:
+) -> plt.Figure:
     """Lines of (x, y) points by name, each with its own colour and marker.
 
     Args:
@@ -53,7 +59,7 @@ def line_plot(
     axes.set_ylabel(y)
     axes.grid(alpha=0.25)
     figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize="small")
-    return svg(figure)
+    return figure
 
 
 def interval_plot(rows: Sequence[tuple[str, Mapping[str, Interval]]], *, x: str) -> str:
@@ -103,6 +109,14 @@ def svg(figure: plt.Figure) -> str:
     plt.close(figure)
     text = buffer.getvalue()
     return text[text.index("<svg") :]
+
+
+def png(figure: plt.Figure) -> bytes:
+    """The figure as a PNG file; the figure is closed."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
+    plt.close(figure)
+    return buffer.getvalue()
 
 
 def _written(value: float, percent: bool) -> str:

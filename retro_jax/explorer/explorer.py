@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from retro_jax.data.tokenizer import BOS_ID, UNK_ID, Tokenizer
+from retro_jax.config import SPECIAL_TOKENS
+from retro_jax.data.tokenizer import Tokenizer
 from retro_jax.errors import UserError
 from retro_jax.explorer.matching import common_runs
 from retro_jax.explorer.session import MODES, Limits, Session
@@ -74,6 +75,7 @@ class Explorer:
         self._run = run
         self._config = config
         self._tokenizer = run.tokenizer
+        self._special = {getattr(run.tokenizer, name) for name in SPECIAL_TOKENS}
         self._library = library
         self._remembered = _Remembered(library)
         self._name = name
@@ -164,7 +166,7 @@ class Explorer:
         self._follow()
         prompt = self._encode_prompt(session)
         self._check_tokens(session)
-        text = [BOS_ID, *prompt, *getattr(session, session.shown)]
+        text = [self._tokenizer.bos_id, *prompt, *getattr(session, session.shown)]
         if len(text) == 1:
             raise UserError("there is nothing to look at: write a prompt, or ask for new tokens")
         retrieved = self._retrieve(text)
@@ -224,8 +226,9 @@ class Explorer:
             tokens = getattr(session, mode)
             if len(tokens) > most:
                 raise UserError(f"session.{mode} has {len(tokens)} tokens, at most {most} are taken")
-            if any(not UNK_ID < token < size for token in tokens):
-                raise UserError(f"session.{mode} holds token ids outside {UNK_ID + 1} to {size - 1}: of another model?")
+            for token in tokens:
+                if not 0 <= token < size or token in self._special:
+                    raise UserError(f"session.{mode} holds token id {token}, which no text has: of another model?")
 
     def _check_edits(self, session: Session, chunks: int) -> None:
         for edit in session.edits:
@@ -271,7 +274,7 @@ class Explorer:
         for place, (token, piece, run) in enumerate(
             zip(slot.tokens, _pieces(self._tokenizer, slot.tokens), runs, strict=True)
         ):
-            if token > UNK_ID:
+            if token not in self._special:
                 part = "neighbour" if place < self._config.chunk_length else "continuation"
                 parts[part].append({"text": piece, "run": run})
         return {

@@ -4,12 +4,13 @@ Llama (with SmolLM and TinyLlama), Mistral, Qwen2 and 2.5, Qwen3 and GPT-2. A se
 refused by name; none is passed over.
 """
 
-import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from retro_jax.config import RetroConfig, RopeScaling
 from retro_jax.errors import UserError
+
+T = TypeVar("T")
 
 # What a config.json may leave out, as the architectures define it.
 _LLAMA: dict[str, Any] = {
@@ -48,6 +49,12 @@ _MUST_BE = {
     "partial_rotary_factor": (1, 1.0, None),
     "quantization_config": (None,),
 }
+# Numbers above 0, whole ones but for the last three; null stands for what another setting gives.
+_WHOLE = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "n_embd", "n_layer", "n_head", "n_inner", "n_positions"),
+)
+_POSITIVE = (*_WHOLE, "rope_theta", "rms_norm_eps", "layer_norm_epsilon")
 
 
 def read_config(values: dict[str, Any], path: Path) -> RetroConfig:
@@ -67,11 +74,15 @@ def read_config(values: dict[str, Any], path: Path) -> RetroConfig:
     for name, allowed in _MUST_BE.items():
         if values.get(name, allowed[0]) not in allowed:
             raise UserError(f"{path}: {name} {values[name]!r} is not supported, only {allowed[0]!r}")
+    _check_numbers(values, path)
     read = _gpt2 if kind == "gpt2" else _llama
     try:
-        return dataclasses.replace(read(values, path), **_document_ids(values))
+        fields = read(values, path) | _document_ids(values) | {"pad_id": values["vocab_size"]}
+        return _made(RetroConfig, path, **fields)
     except KeyError as error:
         raise UserError(f"{path}: {error.args[0]} is missing, which every {kind} model has") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: a setting is of another type than {kind} models have ({error})") from None
 
 
 def write_config(config: RetroConfig, *, context: int, bos_id: int | None, eos_id: int | None) -> dict[str, Any]:
@@ -152,9 +163,25 @@ def _llama_kind(config: RetroConfig) -> str:
     return kind
 
 
-def _llama(values: dict[str, Any], path: Path) -> RetroConfig:
+def _check_numbers(values: dict[str, Any], path: Path) -> None:
+    for name in _POSITIVE:
+        value = values.get(name)
+        kinds = int if name in _WHOLE else (int, float)
+        if value is not None and not (isinstance(value, kinds) and not isinstance(value, bool) and value > 0):
+            raise UserError(f"{path}: {name} is {value!r}, not a {'whole ' if kinds is int else ''}number above 0")
+
+
+def _made(what: type[T], path: Path, /, **fields: Any) -> T:
+    """A dataclass; what it says of a setting is said of the file that has it."""
+    try:
+        return what(**fields)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _llama(values: dict[str, Any], path: Path) -> dict[str, Any]:
     kind, heads = values["model_type"], values["num_attention_heads"]
-    return RetroConfig(
+    return dict(
         vocab_size=values["vocab_size"],
         width=values["hidden_size"],
         num_layers=values["num_hidden_layers"],
@@ -171,15 +198,14 @@ def _llama(values: dict[str, Any], path: Path) -> RetroConfig:
         **_rope(values, path),
         norm_epsilon=values["rms_norm_eps"],
         tie_embeddings=values["tie_word_embeddings"],
-        pad_id=values["vocab_size"],
     )
 
 
-def _gpt2(values: dict[str, Any], path: Path) -> RetroConfig:
+def _gpt2(values: dict[str, Any], path: Path) -> dict[str, Any]:
     width, heads = values["n_embd"], values["n_head"]
     if width % heads:
         raise UserError(f"{path}: n_embd {width} is no multiple of n_head {heads}")
-    return RetroConfig(
+    return dict(
         vocab_size=values["vocab_size"],
         width=width,
         num_layers=values["n_layer"],
@@ -193,7 +219,6 @@ def _gpt2(values: dict[str, Any], path: Path) -> RetroConfig:
         ffw_biases=True,
         norm_epsilon=values["layer_norm_epsilon"],
         tie_embeddings=values["tie_word_embeddings"],
-        pad_id=values["vocab_size"],
     )
 
 
@@ -239,23 +264,26 @@ def _rope(values: dict[str, Any], path: Path) -> dict[str, Any]:
         return {"rope_theta": theta}
     original = scaling.get("original_max_position_embeddings") or values.get("max_position_embeddings", 0)
     if kind == "linear":
-        found = RopeScaling("linear", float(scaling["factor"]))
+        found = {"factor": float(scaling["factor"])}
     elif kind == "llama3":
-        low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
-        found = RopeScaling("llama3", float(scaling["factor"]), original, low, high)
+        found = {
+            "factor": float(scaling["factor"]),
+            "original_length": original,
+            "low_frequency_factor": float(scaling["low_freq_factor"]),
+            "high_frequency_factor": float(scaling["high_freq_factor"]),
+        }
     elif kind == "yarn" and not scaling.get("mscale") and not scaling.get("mscale_all_dim"):
-        found = RopeScaling(
-            "yarn",
-            float(scaling["factor"]),
-            original,
-            beta_fast=float(scaling.get("beta_fast") or 32),
-            beta_slow=float(scaling.get("beta_slow") or 1),
-            truncate=scaling.get("truncate", True),
-            attention_factor=float(scaling.get("attention_factor") or 0),
-        )
+        found = {
+            "factor": float(scaling["factor"]),
+            "original_length": original,
+            "beta_fast": float(scaling.get("beta_fast") or 32),
+            "beta_slow": float(scaling.get("beta_slow") or 1),
+            "truncate": scaling.get("truncate", True),
+            "attention_factor": float(scaling.get("attention_factor") or 0),
+        }
     else:
         raise UserError(f"{path}: rotary positions {kind!r} are not supported, only default, linear, llama3 and yarn")
-    return {"rope_theta": theta, "rope_scaling": found}
+    return {"rope_theta": theta, "rope_scaling": _made(RopeScaling, path, kind=kind, **found)}
 
 
 def _write_scaling(scaling: RopeScaling) -> dict[str, Any]:

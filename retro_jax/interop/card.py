@@ -1,6 +1,6 @@
 """The README.md that goes with an exported model."""
 
-from retro_jax.interop.pretrained import Pretrained
+from retro_jax.interop.pretrained import RETRIEVAL, Pretrained
 from retro_jax.model.parameters import count_parameters
 
 _CARD = """---
@@ -23,27 +23,37 @@ import jax.numpy as jnp
 import retro_jax
 
 pretrained = retro_jax.load_pretrained("PATH")
-tokens = pretrained.tokenizer.encode("The retrieval database holds")
-logits = pretrained.model(jnp.asarray([tokens]))  # RETRO[OFF]; ON: model(tokens, neighbours)
+tokenizer = pretrained.tokenizer
+tokens = [tokenizer.bos_id, *tokenizer.encode("The retrieval database holds")]
+logits = pretrained.model(jnp.asarray([tokens]))  # {call}
 ```
 
-`tokens` are `[B, T]`, neighbours `[B, T // M, K, R]` token ids: for each complete chunk of M tokens K neighbours, each
-with its continuation. Id {pad} is padding, seen by nothing.
-
-`model.safetensors` has one tensor a parameter and layer, float32, layers counted from 1:
-{names}.
-Matrices are `[input, output]`; heads are axes of their own: `query`, `key`, `value` `[width, heads, head size]`,
-`output` `[heads, head size, width]`.
+`tokens` are `[B, T]`, logits `[B, T, V]`. Id {pad} is padding, seen by nothing.
+{neighbours}
+{files}
 
 Trained on what data, evaluated how, meant for what, not meant for what: to be filled in by who publishes it.
 """
 
 _RETRO = """A retrieval-enhanced transformer (RETRO, arXiv 2112.04426): it reads the neighbours of each chunk out of a
 retrieval database through chunked cross-attention."""
+_NEIGHBOURS = """
+Neighbours are token ids `[B, T // M, K, R]`: for each complete chunk of M tokens K neighbours with their continuations.
+"""
+_OWN_NAMES = """has one tensor a parameter and layer, layers counted from 1:
+{names}.
+Matrices are `[input, output]`; heads are axes of their own: `query`, `key`, `value` `[width, heads, head size]`,
+`output` `[heads, head size, width]`."""
 
 
-def model_card(source: Pretrained, name: str) -> str:
-    """The text of the card, in Markdown with the header that model hubs read."""
+def model_card(source: Pretrained, name: str, *, huggingface: bool = False) -> str:
+    """The text of the card, in Markdown with the header that model hubs read.
+
+    Args:
+      source: the model.
+      name: its heading.
+      huggingface: the decoder lies there as transformers names it, and what a RETRO has beside it in a folder.
+    """
     config = source.config
     retro = not config.is_baseline
     size = f"width {config.width}, {config.num_heads} heads of {config.head_size}"
@@ -54,7 +64,8 @@ def model_card(source: Pretrained, name: str) -> str:
         "positions": config.positions,
         "context in training": f"{source.context or 'not known'} tokens",
     }
-    names = "`embedding.table`, `decoder.layers.{N}.attention.*`, `decoder.layers.{N}.ffw.*`, `decoder.norm.scale`"
+    base = "`embedding.table`, `decoder.layers.{N}.attention.*`, `decoder.layers.{N}.ffw.*`, `decoder.norm.scale`"
+    added = "`decoder.layers.{N}.cca.*`, `encoder_embedding.table`, `encoder.layers.{N}.attention|ca|ffw.*`"
     if retro:
         rows |= {
             "chunk": f"{config.chunk_length} tokens; a neighbour with its continuation {config.neighbour_length}",
@@ -62,12 +73,21 @@ def model_card(source: Pretrained, name: str) -> str:
             "encoder": f"{config.encoder_layers} layers of width {config.encoder_width}",
             "neighbours in training": str(source.neighbours),
         }
-        names += ", `decoder.layers.{N}.cca.*`, `encoder_embedding.table`, `encoder.layers.{N}.attention|ca|ffw.*`"
+    files = f"`model.safetensors` {_OWN_NAMES}".format(names=f"{base}, {added}" if retro else base)
+    if huggingface:
+        files = "`config.json` and `model*.safetensors` are the decoder as the transformers library reads it"
+        if retro:
+            beside = f"`{RETRIEVAL}/model.safetensors` {_OWN_NAMES}".format(names=added)
+            files += f": RETRO[OFF], the model\nwithout retrieval. Beside it {beside}"
+        else:
+            files += "."
     return _CARD.format(
         name=name,
         tags="retro, retrieval" if retro else "language-model",
         what=_RETRO if retro else "A transformer language model.",
         table="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
+        call="RETRO[OFF]; ON: model(tokens, neighbours)" if retro else "of the next token",
         pad=config.pad_id,
-        names=names,
+        neighbours=_NEIGHBOURS if retro else "",
+        files=files,
     )

@@ -6,8 +6,9 @@ from pathlib import Path
 import jax
 
 from retro_jax.errors import UserError
-from retro_jax.interop.huggingface import read_json
-from retro_jax.interop.pretrained import CONFIG, FORMAT, Pretrained, load_pretrained, open_pretrained
+from retro_jax.interop.huggingface import CONFIG, read_json
+from retro_jax.interop.pretrained import Pretrained, is_run, load_pretrained, open_pretrained
+from retro_jax.interop.tensors import require_no_file
 from retro_jax.model.parameters import layer_reader
 from retro_jax.training.retrofit import Base
 from retro_jax.training.trained import load_trained
@@ -48,11 +49,14 @@ def open_base(path: str | os.PathLike) -> Base:
 
 
 def _run(path: Path) -> tuple[Path | None, int | None]:
-    """The run's directory and the step where `path` is one or a checkpoint of one; None for what was exported."""
+    """The run's directory and the step where `path` is one or a checkpoint of one; None for a model.
+
+    Raises:
+      UserError: it is neither.
+    """
+    require_no_file(path)
     if path.parent.name == CHECKPOINTS and path.name.isdigit():
         return path.parent.parent, int(path.name)
-    if (path / CONFIG).is_file():
-        values = read_json(path / CONFIG)
-        if values.get("format") == FORMAT or "model_type" in values:
-            return None, None
-    return path, None
+    if not (path / CONFIG).is_file():
+        raise UserError(f"{path}: no {CONFIG}, so neither a run nor a model is here")
+    return (path if is_run(read_json(path / CONFIG)) else None), None

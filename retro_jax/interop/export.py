@@ -22,16 +22,14 @@ from retro_jax.data.tokenizer import Tokenizer
 from retro_jax.errors import UserError
 from retro_jax.interop.architectures import write_config
 from retro_jax.interop.card import model_card
-from retro_jax.interop.huggingface import open_base
+from retro_jax.interop.huggingface import CONFIG, open_huggingface
 from retro_jax.interop.naming import Entry, entries
 from retro_jax.interop.pretrained import (
-    CONFIG,
     FORMAT,
     RETRIEVAL,
     VERSION,
     Pretrained,
     open_native,
-    parameter_types,
     retrieval_shapes,
 )
 from retro_jax.interop.tensors import Tensors, write_tensors
@@ -78,7 +76,7 @@ def export_native(source: Pretrained, path: str | os.PathLike, *, name: str) -> 
 
 def write_native(source: Pretrained, directory: Path, name: str) -> None:
     """As `export_native`, into a directory that is there."""
-    config, read, dtype = source.config, layer_reader(source.params, source.config), parameter_types(source.config)
+    config, read, dtype = source.config, layer_reader(source.params, source.config), _dtype_of(source.config)
     shapes = {key: (tuple(leaf.shape), dtype) for key, leaf in layer_shapes(config).items()}
     values = _values(source)
     _write(directory, shapes, read, label="weights")
@@ -107,7 +105,7 @@ def export_huggingface(
     """
     read = _merged(source)
     source = dataclasses.replace(source, config=dataclasses.replace(source.config, lora_rank=0))
-    config, tokenizer, dtype = source.config, source.tokenizer, parameter_types(source.config)
+    config, tokenizer, dtype = source.config, source.tokenizer, _dtype_of(source.config)
     values = write_config(
         config,
         context=source.context,
@@ -119,8 +117,8 @@ def export_huggingface(
         write_json(directory / CONFIG, values | {"torch_dtype": dtype})
         _write(directory, {key: (shape, dtype) for key, shape in base.shapes.items()}, base, "weights", shard_bytes)
         _write_tokenizer(directory, tokenizer)
-        (directory / "README.md").write_text(model_card(source, name), encoding="utf-8")
-        found, written = open_base(directory)
+        (directory / "README.md").write_text(model_card(source, name, huggingface=True), encoding="utf-8")
+        found, written = open_huggingface(directory)
         ours = {key: (tuple(leaf.shape), dtype) for key, leaf in layer_shapes(found).items()}
         _compare(ours, read, written, directory)
         if config.is_baseline:
@@ -163,6 +161,11 @@ class _BaseReader:
     def __call__(self, name: str) -> np.ndarray:
         parts = [entry.to_theirs(np.asarray(self._read(entry.ours))) for entry in self._parts[name]]
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+
+
+def _dtype_of(config: RetroConfig) -> str:
+    """The parameters', one for all."""
+    return str(next(iter(layer_shapes(config).values())).dtype)
 
 
 def _values(source: Pretrained) -> dict[str, Any]:

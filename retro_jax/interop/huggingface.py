@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints as the decoder, and the decoder as a Hugging Face checkpoint."""
+"""Hugging Face checkpoints as the decoder."""
 
 import json
 import os
@@ -6,25 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flax import nnx
 
 from retro_jax.config import RetroConfig
 from retro_jax.errors import UserError
 from retro_jax.interop.architectures import read_config
 from retro_jax.interop.naming import Entry, entries
 from retro_jax.interop.tensors import Tensors
-from retro_jax.model.parameters import assemble
 
 CONFIG = "config.json"
 # Buffers that some versions wrote beside the weights; they are made from the configuration.
-_BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")
-_PREFIXES = ("model.", "transformer.", "")
+_BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+_PREFIXES = ("model.", "transformer.")  # none where the base was saved without its head
 
 
-def load_base(directory: str | os.PathLike) -> tuple[RetroConfig, nnx.State]:
-    """A checkpoint as a baseline: its configuration, and its parameters in float32.
-
-    The tensors are read one after the other, so that the model is in memory once.
+def open_huggingface(directory: str | os.PathLike) -> tuple[RetroConfig, "BaseTensors"]:
+    """A checkpoint as a baseline: its configuration, and the reader of its tensors by our names; none is read yet.
 
     Args:
       directory: with config.json and safetensors, in one file or several.
@@ -32,12 +28,6 @@ def load_base(directory: str | os.PathLike) -> tuple[RetroConfig, nnx.State]:
     Raises:
       UserError: an architecture or a setting that is not supported, or tensors that are not those of config.json.
     """
-    config, sources = open_base(directory)
-    return config, assemble(config, sources)
-
-
-def open_base(directory: str | os.PathLike) -> tuple[RetroConfig, "BaseTensors"]:
-    """The configuration of a checkpoint, and its tensors by our names, not read yet. Raises as `load_base`."""
     path = Path(directory) / CONFIG
     if not path.is_file():
         raise UserError(f"{path}: no such file; a Hugging Face checkpoint is a directory with {CONFIG} and safetensors")
@@ -49,16 +39,26 @@ class BaseTensors:
     """Called with the name of a parameter, gives its array out of a Hugging Face checkpoint."""
 
     def __init__(self, config: RetroConfig, tensors: Tensors) -> None:
+        """Compares names and shapes.
+
+        Args:
+          config: the baseline that the tensors are to make up.
+          tensors: of the checkpoint.
+
+        Raises:
+          UserError: with the first differences.
+        """
         self._tensors = tensors
         self._entries = {entry.ours: entry for entry in entries(config)}
         names = [name for name in tensors if not name.endswith(_BUFFERS)]
-        self._prefix = next(prefix for prefix in _PREFIXES if any(name.startswith(prefix) for name in names))
+        self._prefix = next((prefix for prefix in _PREFIXES if any(name.startswith(prefix) for name in names)), "")
         wanted = {self._name(entry): entry.their_shape for entry in self._entries.values()}
         if config.tie_embeddings:  # the head may be there as well, which is then the table once more
             names = [name for name in names if name != "lm_head.weight"]
         tensors.expect(wanted, str(tensors.directory / CONFIG), among=names)
 
     def __call__(self, name: str) -> np.ndarray:
+        """The parameter in our shape, float32 or float64 as it is stored; errors as of `Tensors`."""
         entry = self._entries[name]
         return entry.to_ours(self._tensors[self._name(entry)])
 

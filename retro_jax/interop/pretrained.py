@@ -18,13 +18,12 @@ from flax import nnx
 from retro_jax.config import SPECIAL_TOKENS, RetroConfig, from_dict
 from retro_jax.data.tokenizer import Tokenizer
 from retro_jax.errors import UserError
-from retro_jax.interop.huggingface import BaseTensors, open_base, read_json
-from retro_jax.interop.tensors import Tensors
-from retro_jax.model.parameters import abstract_parameters, assemble, layer_shapes
+from retro_jax.interop.huggingface import CONFIG, BaseTensors, open_huggingface, read_json
+from retro_jax.interop.tensors import Tensors, require_no_file
+from retro_jax.model.parameters import assemble, layer_shapes
 from retro_jax.model.retro import Retro
 
 FORMAT, VERSION = "retro_jax", 1
-CONFIG = "config.json"
 RETRIEVAL = "retrieval"  # beside a Hugging Face checkpoint: encoder and chunked cross-attention
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
@@ -81,17 +80,20 @@ class Opened(NamedTuple):
 def open_pretrained(path: str | os.PathLike) -> Opened:
     """As `load_pretrained`, without reading the parameters yet."""
     path = Path(path)
+    require_no_file(path)
     if not (path / CONFIG).is_file():
         raise UserError(f"{path / CONFIG}: no such file, so no model is here; export one with launch/export.py")
     values = read_json(path / CONFIG)
     if values.get("format") == FORMAT:
         return _finish(path, values, *open_native(path, values))
-    config, base = open_base(path)
+    if is_run(values):
+        raise UserError(f"{path} is a run of launch/train.py; export it with launch/export.py first")
+    config, base = open_huggingface(path)
     if not (path / RETRIEVAL / CONFIG).is_file():
         tokenizer = _tokenizer(path)
         if tokenizer is not None:
             _require_rows(path, tokenizer, config)
-            config = with_ids(config, tokenizer)
+            config = _with_ids(config, tokenizer)
         context = values.get("max_position_embeddings") or values.get("n_positions") or 0
         return Opened(config, base, tokenizer, context, 0)
     values = read_json(path / RETRIEVAL / CONFIG)
@@ -101,8 +103,21 @@ def open_pretrained(path: str | os.PathLike) -> Opened:
     return _finish(path, values, whole, _joined(path, whole, base))
 
 
+def is_run(values: dict[str, Any]) -> bool:
+    """Whether this is the config.json of a run, not of a model."""
+    return "model" in values and not {"format", "model_type"} & set(values)
+
+
 def open_native(path: Path, values: dict[str, Any]) -> tuple[RetroConfig, Callable[[str], np.ndarray]]:
-    """The configuration and the reader of the parameters of an exported model with this config.json."""
+    """The configuration and the reader of the parameters of an exported model.
+
+    Args:
+      path: its directory.
+      values: content of its config.json.
+
+    Raises:
+      UserError: another version of the format, a setting that is unknown, or tensors that are not those of the model.
+    """
     config = _model_config(path / CONFIG, values)
     tensors = Tensors(path)
     tensors.expect({name: leaf.shape for name, leaf in layer_shapes(config).items()}, str(path / CONFIG))
@@ -144,7 +159,7 @@ def _finish(path: Path, values: dict[str, Any], config: RetroConfig, read: Calla
         raise UserError(f"{path}: the tokenizer {found}, the model was made with {values.get('tokenizer')}")
     if tokenizer is not None:
         _require_rows(path, tokenizer, config)
-        if with_ids(config, tokenizer) != config:
+        if _with_ids(config, tokenizer) != config:
             raise UserError(f"{tokenizer.path}: other ids of PAD, BOS, EOS or unknown than the model's")
     return Opened(config, read, tokenizer, values.get("context", 0), values.get("neighbours", 0))
 
@@ -158,15 +173,10 @@ def _require_rows(path: Path, tokenizer: Tokenizer, config: RetroConfig) -> None
         )
 
 
-def with_ids(config: RetroConfig, tokenizer: Tokenizer) -> RetroConfig:
+def _with_ids(config: RetroConfig, tokenizer: Tokenizer) -> RetroConfig:
     """The configuration with the special tokens of a tokenizer."""
     return dataclasses.replace(config, **{name: getattr(tokenizer, name) for name in SPECIAL_TOKENS})
 
 
 def _tokenizer(path: Path) -> Tokenizer | None:
     return next((Tokenizer(path / name) for name in _TOKENIZERS if (path / name).is_file()), None)
-
-
-def parameter_types(config: RetroConfig) -> str:
-    """The dtype of the parameters, one for all."""
-    return str(next(param.dtype for _, param in nnx.to_flat_state(abstract_parameters(config))))

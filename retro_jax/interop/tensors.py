@@ -25,6 +25,21 @@ _NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF1
 _LISTED = 3
 
 
+def require_no_file(path: Path) -> None:
+    """Raises UserError where a model is named by a file of its directory; a pickled one is refused with advice."""
+    if path.is_file():
+        if path.suffix in _PICKLED:
+            raise _pickled(path)
+        raise UserError(f"{path}: a file; give the directory of the model, with config.json and safetensors")
+
+
+def _pickled(path: Path) -> UserError:
+    return UserError(
+        f"{path} is pickled, and a pickle can carry code, so it is never loaded; where you trust it, convert it: "
+        "AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW) of the transformers library"
+    )
+
+
 class Tensors(Mapping[str, np.ndarray]):
     """The arrays of a checkpoint directory by name; each is read when it is asked for, and kept by nobody.
 
@@ -103,23 +118,21 @@ class Tensors(Mapping[str, np.ndarray]):
             )
 
     def _paths(self) -> list[Path]:
+        require_no_file(self.directory)
         if not self.directory.is_dir():
-            what = "a file; give the directory it lies in" if self.directory.exists() else "no such directory"
-            raise UserError(f"{self.directory}: {what}")
+            raise UserError(f"{self.directory}: no such directory")
         single, index = self.directory / WEIGHTS, self.directory / INDEX
         if single.is_file():
             return [single]
         if not index.is_file():
             pickled = sorted(path.name for path in self.directory.iterdir() if path.suffix in _PICKLED)
             if pickled:
-                raise UserError(
-                    f"{self.directory}: {pickled[0]} is pickled, and a pickle can carry code, so it is never loaded; "
-                    "where you trust it, write safetensors: AutoModelForCausalLM.from_pretrained(OLD)"
-                    ".save_pretrained(NEW) of the transformers library"
-                )
+                raise _pickled(self.directory / pickled[0])
             raise UserError(f"{self.directory}: neither {WEIGHTS} nor {INDEX} is here")
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            if any(Path(name).name != name for name in names):  # a file elsewhere is none of this checkpoint
+                raise ValueError
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{index}: not the index of a sharded safetensors checkpoint") from None
         missing = [name for name in names if not (self.directory / name).is_file()]

@@ -1,6 +1,5 @@
 """The model: `Retro`, its sizes, and its parameters by name. Imports neither data nor retrieval."""
 
-from retro_jax.model.layers import logical_axes
 from retro_jax.model.parameters import (
     abstract_parameters,
     assemble,
@@ -14,6 +13,7 @@ from retro_jax.model.parameters import (
 )
 from retro_jax.model.presets import PRESETS, every_third, preset
 from retro_jax.model.retro import Retro
+from retro_jax.model.weights import logical_axes
 
 __all__ = [
     "PRESETS",

@@ -8,7 +8,6 @@ Heads lead ([N, B, ...]): the positional product then is one matrix product per 
 
 import functools
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +15,14 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from retro_jax.config import RetroConfig
-from retro_jax.model.layers import (
-    PAPER,
-    Form,
-    RMSNorm,
+from retro_jax.model.layers import PAPER, Form, RMSNorm, norm_of
+from retro_jax.model.positions import Positions
+from retro_jax.model.relative import skew
+from retro_jax.model.rotary import rotate
+from retro_jax.model.weights import (
     Stream,
     compute_dtype,
     linear,
-    norm_of,
     normal,
     plus,
     product,
@@ -32,67 +31,7 @@ from retro_jax.model.layers import (
     weight,
     zeros,
 )
-from retro_jax.model.relative import sinusoid, skew
-from retro_jax.model.rotary import rotate, rotation
 from retro_jax.parallel import rules
-
-
-class Positions(NamedTuple):
-    """What an attention needs to know about where its queries and keys lie; the same for every layer of a stack.
-
-    With neither, positions do not count (`config.cross_positions`), or stand in the input (`config.positions` learned).
-
-    Attributes:
-      sinusoids: transformer_xl: [P, D] vectors of the distinct distances, descending; [C, P, D] when the queries are
-        cut into C parts; else None.
-      rotations: rope: (cos, sin) of the queries [I, H/2] and (cos, sin) of the keys [J, H/2]; else None.
-    """
-
-    sinusoids: jax.Array | None = None
-    rotations: tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]] | None = None
-
-
-def positions(
-    config: RetroConfig,
-    *,
-    query_width: int,
-    head_size: int,
-    queries: int,
-    keys: int,
-    offset: int = 0,
-    causal: bool = False,
-    parts: int = 1,
-) -> Positions:
-    """Positions of `queries` and `keys` of which query i and key j are `i - j + offset` apart.
-
-    Args:
-      config: chooses transformer_xl or rope.
-      query_width: D of the query stream, width of the sinusoids (spec: W_R maps from it).
-      head_size: H, for rope.
-      queries, keys: I and J.
-      offset: distance of query 0 and key 0.
-      causal: decoder self-attention: only distances >= 0 are needed (I == J, offset 0); halves the positional product.
-      parts: C, equal parts that the queries of a causal attention are cut into.
-    """
-    dtype = statistics_dtype(config)
-    if config.positions == "rope":
-        # A neighbour is never as far away as contexts are long, so nothing is scaled in cross-attention.
-        scaling = config.rope_scaling if causal else None
-        at_queries, at_keys = (
-            rotation(places, head_size, config.rope_theta, dtype, scaling)
-            for places in (jnp.arange(queries) + offset, jnp.arange(keys))
-        )
-        return Positions(None, (at_queries, at_keys))
-    if config.positions == "learned" and causal:
-        return Positions()
-    # The table ends with a distance that no pair has: skew() needs one column more.
-    count = keys + 1 if causal else queries + keys
-    if parts > 1:
-        last = (jnp.arange(parts) + 1) * (queries // parts) - 1
-        distances = rules.constrain(last[:, None] - jnp.arange(count), "tokens", None)
-    else:
-        distances = (queries - 1 + offset) - jnp.arange(count)
-    return Positions(sinusoid(distances, query_width, dtype), None)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))

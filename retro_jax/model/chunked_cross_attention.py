@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from retro_jax.config import RetroConfig
-from retro_jax.model.attention import Attention, Positions, positions
-from retro_jax.model.layers import decoder_stream, encoder_stream
+from retro_jax.model.attention import Attention
+from retro_jax.model.positions import Positions, positions
+from retro_jax.model.weights import decoder_stream, encoder_stream
 
 
 class Memory(NamedTuple):

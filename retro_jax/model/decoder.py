@@ -12,9 +12,11 @@ import jax
 from flax import nnx
 
 from retro_jax.config import RetroConfig
-from retro_jax.model.attention import Positions, SelfAttention, positions
+from retro_jax.model.attention import SelfAttention
 from retro_jax.model.chunked_cross_attention import ChunkedCrossAttention, Memory, cca_positions
-from retro_jax.model.layers import FeedForward, decoder_form, decoder_stream, norm_of, remat, stacked, take
+from retro_jax.model.layers import FeedForward, decoder_form, norm_of, remat
+from retro_jax.model.positions import Positions, positions
+from retro_jax.model.weights import decoder_stream, stacked, take
 from retro_jax.parallel import rules
 
 

@@ -4,9 +4,11 @@ import jax
 from flax import nnx
 
 from retro_jax.config import RetroConfig
-from retro_jax.model.attention import Attention, Positions, SelfAttention, positions
+from retro_jax.model.attention import Attention, SelfAttention
 from retro_jax.model.chunked_cross_attention import Memory
-from retro_jax.model.layers import FeedForward, RMSNorm, decoder_stream, encoder_stream, remat, stacked, take
+from retro_jax.model.layers import FeedForward, RMSNorm, remat
+from retro_jax.model.positions import Positions, positions
+from retro_jax.model.weights import decoder_stream, encoder_stream, stacked, take
 from retro_jax.parallel import rules
 
 

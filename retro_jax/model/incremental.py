@@ -17,10 +17,10 @@ from retro_jax.errors import UserError
 from retro_jax.model.attention import Attention, masked_softmax, share, unshare
 from retro_jax.model.chunked_cross_attention import cca_positions
 from retro_jax.model.decoder import Block, Segment
-from retro_jax.model.layers import compute_dtype, product, statistics_dtype
 from retro_jax.model.relative import sinusoid, skew
 from retro_jax.model.retro import Retro
 from retro_jax.model.rotary import rotate, rotation
+from retro_jax.model.weights import compute_dtype, product, statistics_dtype, take
 from retro_jax.parallel import rules
 
 
@@ -267,14 +267,8 @@ def _blocks(model: Retro) -> Iterator[Block]:
     """The decoder's layers in order, each with parameters of its own."""
 
     def layers(segment: Segment) -> Iterator[Block]:
-        graphdef, stacked = nnx.split(segment.blocks)
         for index in range(segment.repeats):
-            one = jax.tree.map(
-                lambda param: param.replace(param[index], axes=param.axes[1:]),  # noqa: B023 (used at once)
-                stacked,
-                is_leaf=lambda node: isinstance(node, nnx.Variable),
-            )
-            yield from nnx.merge(graphdef, one)
+            yield from take(segment.blocks, index)
 
     for segment in model.decoder.before:
         yield from layers(segment)

@@ -9,9 +9,9 @@ from retro_jax.errors import UserError
 from retro_jax.model.chunked_cross_attention import Memory
 from retro_jax.model.decoder import Decoder
 from retro_jax.model.encoder import Encoder
-from retro_jax.model.layers import (
-    Embedding,
-    LearnedPositions,
+from retro_jax.model.layers import Embedding
+from retro_jax.model.positions import LearnedPositions
+from retro_jax.model.weights import (
     compute_dtype,
     decoder_stream,
     encoder_stream,

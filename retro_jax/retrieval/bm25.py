@@ -21,12 +21,11 @@ from typing import Any
 import numpy as np
 
 from retro_jax.data.stage import fingerprint
-from retro_jax.data.tokenizer import BOS_ID, EOS_ID, PAD_ID
+from retro_jax.data.tokenizer import Tokenizer
 from retro_jax.errors import UserError
 from retro_jax.progress import Progress
 from retro_jax.retrieval.segments import DatabaseCorpus
 
-_NO_TERMS = (PAD_ID, BOS_ID, EOS_ID)
 _CHUNKS_AT_ONCE = 65_536
 _SCORES_AT_ONCE = 20_000_000  # entries of the product of some queries, about 240 MB
 
@@ -143,7 +142,7 @@ class Bm25:
 
     def _terms(self, queries: np.ndarray) -> Any:
         """How often each term is in each query, sparse [n, V]."""
-        return _count(np.asarray(queries), self.corpus.vocab_size)
+        return _count(np.asarray(queries), self.corpus.tokenizer)
 
 
 def _term_counts(corpus: DatabaseCorpus) -> Any:
@@ -153,18 +152,18 @@ def _term_counts(corpus: DatabaseCorpus) -> Any:
     with Progress("BM25", total=corpus.num_chunks, unit="chunks") as progress:
         for first in range(0, corpus.num_chunks, _CHUNKS_AT_ONCE):
             chunks = np.arange(first, min(first + _CHUNKS_AT_ONCE, corpus.num_chunks))
-            tokens = np.where(corpus.removed(chunks)[:, None], PAD_ID, corpus.tokens(chunks))
-            blocks.append(_count(tokens, corpus.vocab_size))
+            tokens = np.where(corpus.removed(chunks)[:, None], corpus.pad_id, corpus.tokens(chunks))
+            blocks.append(_count(tokens, corpus.tokenizer))
             progress.update(len(chunks))
     return sparse.vstack(blocks, format="csr")
 
 
-def _count(tokens: np.ndarray, vocab_size: int) -> Any:
-    """Occurrences of each token in each row of [n, M], sparse float32 [n, V]; special tokens left out."""
+def _count(tokens: np.ndarray, tokenizer: Tokenizer) -> Any:
+    """Occurrences of each token in each row of [n, M], sparse float32 [n, V]; PAD, start and end tokens left out."""
     rows = np.broadcast_to(np.arange(len(tokens))[:, None], tokens.shape)
-    term = ~np.isin(tokens, _NO_TERMS)
+    term = tokenizer.is_text(tokens)
     ones = np.ones(int(term.sum()), np.float32)
-    return _sparse().coo_array((ones, (rows[term], tokens[term])), (len(tokens), vocab_size)).tocsr()
+    return _sparse().coo_array((ones, (rows[term], tokens[term])), (len(tokens), tokenizer.vocab_size)).tocsr()
 
 
 def _best(chunks: np.ndarray, values: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

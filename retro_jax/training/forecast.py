@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 import jax
 
 from retro_jax.config import TrainConfig
-from retro_jax.data.tokenizer import BOS_ID, PAD_ID
 from retro_jax.parallel import rules
 from retro_jax.parallel.chips import Chip
 from retro_jax.parallel.costs import Collective, Traffic, Work, collectives, traffic, work
@@ -32,6 +31,7 @@ from retro_jax.parallel.mesh import check_batch, create_mesh
 from retro_jax.parallel.topology import Topology, topology_devices
 from retro_jax.training.flops import hardware_flops, step_flops
 from retro_jax.training.inputs import abstract_batch
+from retro_jax.training.loss import unscored_labels
 from retro_jax.training.optimizer import create_optimizer
 from retro_jax.training.retrofit import trains
 from retro_jax.training.state import ModelPlan, named_params, plan_model, plan_state
@@ -185,7 +185,7 @@ def forecast(
     plan = plan_model(config.model, mesh, trains(config))
     check_coverage(named_params(plan), mesh)
     optimizer = create_optimizer(config.optimizer, config.steps, plan.axes)
-    step = make_train_step(config, plan, optimizer, mesh, unscored=(PAD_ID, BOS_ID))
+    step = make_train_step(config, plan, optimizer, mesh, unscored=unscored_labels(config.model))
     begun = time.monotonic()
     report("tracing the step")
     lowered = step.lower(plan_state(plan, optimizer, mesh), abstract_batch(config, rules.batch_sharding(mesh)))

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 from flax import nnx
 
-from retro_jax.config import RetroConfig, TrainConfig
+from retro_jax.config import TrainConfig
 from retro_jax.data.batches import Batches
 from retro_jax.data.sequences import SequenceSource
 from retro_jax.errors import UserError
@@ -26,6 +26,7 @@ from retro_jax.training.checkpoint import Checkpoints
 from retro_jax.training.goodput import Ledger
 from retro_jax.training.inputs import abstract_batch, check_data, to_devices
 from retro_jax.training.log import StepLog
+from retro_jax.training.loss import unscored_labels
 from retro_jax.training.metrics import MetricsWriter, read_validations
 from retro_jax.training.optimizer import create_optimizer
 from retro_jax.training.profile import ProfileWindow
@@ -113,7 +114,7 @@ def train(
         sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
         for tree in (plan.params, plan.split(plan.params)[0])
     )
-    unscored = _unscored(config.model)
+    unscored = unscored_labels(config.model)
 
     with contextlib.ExitStack() as resources:
         # 4. Workdir: locked, and the right one. The other processes wait until the first has opened it.
@@ -220,11 +221,6 @@ def train(
         if primary:
             print(goodput.in_words(goodput.summarise(workdir)), flush=True)
     return TrainResult(step, log.last_loss, terminated=step < config.steps)
-
-
-def _unscored(model: RetroConfig) -> tuple[int, ...]:
-    """Labels without a loss: PAD, and BOS, which nothing predicts, unless it ends documents too."""
-    return (model.pad_id,) if model.bos_id == model.eos_id else (model.pad_id, model.bos_id)
 
 
 def _first_step(checkpoints: Checkpoints, newest: int, workdir: Path, resume_from: int | None) -> int:

@@ -3,7 +3,13 @@
 import jax
 import jax.numpy as jnp
 
+from retro_jax.config import RetroConfig
 from retro_jax.parallel import rules
+
+
+def unscored_labels(model: RetroConfig) -> tuple[int, ...]:
+    """Labels without a loss: PAD, and BOS, which nothing predicts, unless it ends documents too."""
+    return (model.pad_id,) if model.bos_id == model.eos_id else (model.pad_id, model.bos_id)
 
 
 def token_nats(hidden: jax.Array, kernel: jax.Array, labels: jax.Array, *, block: int = 0) -> jax.Array:

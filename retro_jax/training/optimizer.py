@@ -32,7 +32,7 @@ def decay_mask(axes: Any) -> Any:
     """True for matrices and embedding tables; False for norm scales and the attention biases u and v.
 
     Args:
-      axes: tree of tuples of logical axis names, as `retro_jax.model.layers.logical_axes` returns.
+      axes: tree of tuples of logical axis names, as `retro_jax.model.logical_axes` returns.
     """
 
     def decays(names: tuple[str | None, ...]) -> bool:

@@ -11,8 +11,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from retro_jax.config import RetroConfig
-from retro_jax.model.layers import logical_axes
 from retro_jax.model.retro import Retro
+from retro_jax.model.weights import logical_axes
 from retro_jax.parallel import rules
 from retro_jax.training.health import Health, healthy
 

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from retro_jax.config import MeshConfig, TrainConfig
 from retro_jax.data.stage import fingerprint
-from retro_jax.data.tokenizer import BOS_ID, EOS_ID, PAD_ID, Tokenizer
+from retro_jax.data.tokenizer import Tokenizer
 from retro_jax.errors import UserError
 from retro_jax.parallel.mesh import create_mesh
 from retro_jax.training.checkpoint import load_params
@@ -45,15 +45,6 @@ class TrainedRun:
             raise UserError(
                 f"{owner} was made with tokenizer {fingerprint}, {self.workdir} was trained with "
                 f"{self.tokenizer.fingerprint}; build it again with {self.workdir / TOKENIZER}"
-            )
-
-    def require_own_special_tokens(self, program: str) -> None:
-        """Raises UserError when PAD, BOS and EOS are an imported model's, which `program` cannot read."""
-        model = self.config.model
-        if (found := (model.pad_id, model.bos_id, model.eos_id)) != (PAD_ID, BOS_ID, EOS_ID):
-            raise UserError(
-                f"{self.workdir}: its tokenizer, an imported model's, has PAD, BOS and EOS at {found}; {program} reads "
-                f"texts of tokenizers made by tools/train_tokenizer.py ({PAD_ID}, {BOS_ID}, {EOS_ID}) alone so far"
             )
 
 

@@ -134,6 +134,15 @@ def test_what_loses_text_is_refused_by_name(tmp_path, change, message):
         Tokenizer(tmp_path / "tokenizer.json")
 
 
+def test_the_end_of_a_document_is_no_text_where_it_is_not_listed_as_special(tmp_path):
+    values = json.loads(gpt_2().to_str()) | {"added_tokens": []}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    ours = Tokenizer(tmp_path / "tokenizer.json")
+    assert ours.token_bytes[ours.eos_id] == 0 and not ours.is_text(np.array([ours.pad_id, ours.bos_id])).any()
+    ids = ours.encode("text<|endoftext|>")
+    assert ours.eos_id not in ids and ours.decode(ids) == "text<|endoftext|>" and ours.is_text(np.array(ids)).all()
+
+
 def test_a_model_that_normalises_is_refused(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_llama(normalization_rule_name="nmt_nfkc"))
     with pytest.raises(UserError, match="normaliser changes characters"):

@@ -15,7 +15,7 @@ from retro_jax.data.tokenizer import EOS_ID
 from retro_jax.errors import UserError
 from retro_jax.evaluation.bits_per_byte import Score, document_groups, document_scores
 from retro_jax.evaluation.forward import Forward
-from retro_jax.evaluation.losses import LossCollector, TokenLosses, collect, text_tokens
+from retro_jax.evaluation.losses import LossCollector, TokenLosses, collect
 from retro_jax.evaluation.neighbourhood import Neighbourhood
 from retro_jax.evaluation.passes import document_tokens, scored_spans
 from retro_jax.model.retro import Retro
@@ -74,7 +74,7 @@ def test_bits_per_byte_of_a_uniform_model_is_exact(corpus):
         collector.add(document, 1, np.zeros(document_tokens(corpus, document) - 1))
     losses = collector.finish()
     tokens = corpus.tokens(np.arange(corpus.num_chunks))
-    uniform = TokenLosses(corpus, np.where(text_tokens(tokens), math.log(MODEL.vocab_size), 0.0))
+    uniform = TokenLosses(corpus, np.where(corpus.tokenizer.is_text(tokens), math.log(MODEL.vocab_size), 0.0))
     found = document_scores(uniform).total()
     expected = math.log2(MODEL.vocab_size) * (corpus.num_tokens - 2 * corpus.num_documents) / corpus.num_bytes
     assert losses.nats.shape == uniform.nats.shape and found.bits_per_byte == pytest.approx(expected, rel=1e-14)

@@ -129,4 +129,5 @@ def test_mistakes_are_named_in_one_line(suite):
         return error_line("launch/evaluate.py", *kept, *(change for change in changes if not change.endswith("=")))
 
     assert "'valid' is no set of --sets" in mistake("--sweeps=valid")
+    assert "no run has a checkpoint of step '29'" in mistake("--steps=30,29")
     assert "'cash' is no comparison method; did you mean 'cache'?" in mistake("--methods=cash")

@@ -136,8 +136,8 @@ def test_a_database_that_has_changed_is_asked_again(view, explorer, library):
     [
         ({"prompt": "word " * 400}, "the prompt has .* tokens; at most 200"),
         ({"on": tuple(range(4, 69))}, "session.on has 65 tokens, at most 64"),
-        ({"on": (2,)}, "token ids outside 4 to"),
-        ({"off": (MODEL.vocab_size,)}, "token ids outside 4 to"),
+        ({"on": (2,)}, "session.on holds token id 2, which no text has"),
+        ({"off": (MODEL.vocab_size,)}, f"session.off holds token id {MODEL.vocab_size}, which no text has"),
         ({"edits": (Edit(99, 1),)}, "no neighbour 1 of chunk 99"),
         ({"edits": (Edit(1, K + 1),)}, "no neighbour 3 of chunk 1"),
         ({"edits": (Edit(1, 1, "\ud800"),)}, "lone surrogate"),

@@ -91,6 +91,16 @@ def test_an_index_that_is_none(copy):
     directory = copy("hf")
     (directory / "model.safetensors.index.json").write_text("[]")
     assert "not the index of a sharded safetensors checkpoint" in line(directory)
+    elsewhere = {"weight_map": {"lm_head.weight": "../native/model.safetensors"}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(elsewhere))
+    assert "not the index of a sharded safetensors checkpoint" in line(directory)
+
+
+def test_a_checkpoint_without_tensors(copy):
+    directory = copy("hf")
+    (directory / "model.safetensors.index.json").unlink()
+    save_file({}, directory / "model.safetensors")
+    assert "embed_tokens.weight is missing" in line(directory)
 
 
 def test_numbers_that_are_not_finite_or_no_floats(copy):
@@ -128,6 +138,11 @@ def test_pickled_weights_are_never_loaded(copy, tmp_path, suffix):
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor is missing"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
         ({"num_key_value_heads": 3}, "num_heads 4 is not a multiple of num_kv_heads 3"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0, not a whole number above 0"),
+        ({"hidden_size": "16"}, "hidden_size is '16', not a whole number above 0"),
+        ({"vocab_size": None}, "a setting is of another type than llama models have"),
+        ({"rope_scaling": "linear"}, "a setting is of another type than llama models have"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "rope_scaling.factor must be at least 1, is 0.5"),
         (
             {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
             "some layers have a sliding window and some have none",
@@ -137,12 +152,16 @@ def test_pickled_weights_are_never_loaded(copy, tmp_path, suffix):
 def test_architectures_and_settings_that_cannot_be_followed(copy, changes, message):
     directory = copy("hf")
     edit_config(directory, **changes)
-    with pytest.raises(UserError, match=message):
-        load_pretrained(directory)
+    assert message in line(directory)
 
 
 def test_files_that_are_not_what_they_should_be(copy, tmp_path):
     assert "no such file, so no model is here" in line(tmp_path / "nothing")
+    (tmp_path / "model.safetensors").touch()
+    assert "a file; give the directory of the model" in line(tmp_path / "model.safetensors")
+    (tmp_path / "model.pt").touch()
+    with pytest.raises(UserError, match=r"model\.pt is pickled"):
+        open_checkpoint(tmp_path / "model.pt")
     directory = copy("native")
     (directory / "config.json").write_text('{"format": "retro_jax"')
     assert "not JSON" in line(directory)
@@ -189,5 +208,13 @@ def test_retrieval_made_for_another_decoder(copy):
 
 
 def test_a_directory_that_holds_no_run(tmp_path):
-    with pytest.raises(UserError, match="no run is here"):
+    with pytest.raises(UserError, match="neither a run nor a model is here"):
         open_checkpoint(tmp_path)
+
+
+def test_a_configuration_of_nothing_known_and_a_run_in_the_place_of_a_model(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 16}))
+    with pytest.raises(UserError, match="model_type None is not known"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model": {"width": 16}, "steps": 2}))
+    assert "is a run of launch/train.py; export it with launch/export.py" in line(tmp_path)

@@ -59,6 +59,7 @@ def test_the_file_is_read_by_the_formats_own_library_under_the_documented_names(
         np.testing.assert_array_equal(arrays[name], array)
     card = (tmp_path / "model" / "README.md").read_text()
     assert "# Test" in card and "load_pretrained" in card and "2, 3" in card
+    assert "`model.safetensors` has one tensor a parameter" in card and "`decoder.norm.scale`, `decoder" in card
 
 
 @pytest.mark.parametrize("config", [LLAMA, QWEN, GPT_2], ids=["llama", "qwen", "gpt-2"])
@@ -66,6 +67,8 @@ def test_a_hugging_face_export_with_its_retrieval_is_the_model_bit_for_bit(tmp_p
     source = pretrained(config, given)
     export_huggingface(source, tmp_path / "model", name="Test", shard_bytes=4000)
     assert (tmp_path / "model" / "model.safetensors.index.json").is_file(), "several files"
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "as the transformers library reads it" in card and "`retrieval/model.safetensors` has one tensor" in card
     assert_same(retro_jax.load_pretrained(tmp_path / "model"), source)
 
 

@@ -8,7 +8,7 @@ from flax import nnx
 torch = pytest.importorskip("torch", reason="needs the interop requirements")
 transformers = pytest.importorskip("transformers")
 
-from retro_jax.interop.huggingface import load_base  # noqa: E402
+from retro_jax.interop.pretrained import load_pretrained  # noqa: E402
 from retro_jax.model.retro import Retro  # noqa: E402
 
 # Compiling dominates; what the compiler's optimiser does is not the subject.
@@ -80,14 +80,14 @@ def pair(request, tmp_path_factory):
     theirs = build(request.param)
     directory = tmp_path_factory.mktemp("hub")
     theirs.save_pretrained(directory)
-    config, params = load_base(directory)
-    return theirs, config, logits_of(config, params)
+    ours = load_pretrained(directory)
+    return theirs, ours.config, logits_of(ours)
 
 
-def logits_of(config, params):
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Retro(config)))
+def logits_of(ours):
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Retro(ours.config)))
     apply = jax.jit(lambda params, tokens: nnx.merge(graphdef, params)(tokens), compiler_options=QUICK)
-    return lambda tokens: np.asarray(apply(params, np.asarray(tokens, np.int32)))
+    return lambda tokens: np.asarray(apply(ours.params, np.asarray(tokens, np.int32)))
 
 
 def test_logits_equal_transformers(pair):
@@ -123,4 +123,4 @@ def test_logits_equal_transformers_far_beyond_the_first_context(tmp_path):
     tokens = np.random.default_rng(2).integers(0, VOCAB, (1, 3000))
     with torch.no_grad():
         expected = theirs(torch.tensor(tokens)).logits.numpy()
-    np.testing.assert_allclose(logits_of(*load_base(tmp_path))(tokens), expected, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(logits_of(load_pretrained(tmp_path))(tokens), expected, atol=1e-4, rtol=0)

@@ -35,3 +35,12 @@ def test_the_demo_goes_from_text_to_a_report_and_on_after_a_kill(tmp_path):
     stages = [record["stage"] for record in json.loads((work / "stages.json").read_text())]
     assert stages[0] == "documents" and stages[-1] == "explorer's page" and len(stages) == 22
     assert json.loads((work / "sample_on.json").read_text())["neighbours"]
+    # Its baseline is RETROfitted, step by step.
+    flags = [f"--demo={work}", f"--workdir={tmp_path / 'curve'}", "--steps=8", "--every=4"]
+    status, stdout, stderr = run_program("launch/retrofit_curve.py", *flags, timeout=600)
+    assert status == 0, stderr
+    for curve in json.loads((tmp_path / "curve" / "curve.json").read_text()):
+        steps = {name: [step for step, _ in points] for name, points in curve["lines"].items()}
+        assert steps == {"baseline": [4, 8], "RETRO from scratch, ON": [4, 8], "RETROfit, ON": [0, 4, 8]}
+        assert curve["lines"]["RETROfit, ON"][0][1] == curve["lines"]["baseline"][-1][1] and curve["short"][0] == 2
+        assert (tmp_path / "curve" / f"curve-{curve['set']}.png").read_bytes()[:4] == b"\x89PNG"

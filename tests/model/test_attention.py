@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from small import QUICK, SMALL, graph, inputs, random_parameters
 
 from retro_jax.model import attention, layer_shapes
-from retro_jax.model.attention import causal_blocks, masked_softmax, positions
+from retro_jax.model.attention import causal_blocks, masked_softmax
 from retro_jax.model.chunked_cross_attention import attending_chunks, cca_positions, positions_of_chunks
 from retro_jax.model.encoder import encoder_positions
+from retro_jax.model.positions import positions
 from retro_jax.model.presets import preset
 from retro_jax.model.relative import sinusoid, skew, unskew
 from retro_jax.model.rotary import rotate, rotation

@@ -15,8 +15,9 @@ from retro_jax.model import to_layers
 from retro_jax.model.attention import SelfAttention
 from retro_jax.model.chunked_cross_attention import ChunkedCrossAttention, cca_positions
 from retro_jax.model.decoder import Block, layer_plan
-from retro_jax.model.layers import FeedForward, decoder_stream
+from retro_jax.model.layers import FeedForward
 from retro_jax.model.presets import every_third
+from retro_jax.model.weights import decoder_stream
 
 
 @st.composite

@@ -25,7 +25,8 @@ def standin(tokens, keys=None, removed=()):
     tokens = np.asarray(tokens, np.int32)
     return types.SimpleNamespace(
         num_chunks=len(tokens),
-        vocab_size=VOCAB,
+        tokenizer=types.SimpleNamespace(vocab_size=VOCAB, is_text=lambda tokens: tokens > 2),
+        pad_id=0,
         fingerprint="standin",
         segments=types.SimpleNamespace(removed_sha256=None),
         removed=lambda ids: np.isin(ids, list(removed)),

@@ -13,9 +13,10 @@ from small_run import ROOT, error_line, run_program
 from retro_jax.config import DataConfig, RetroConfig, TrainConfig
 from retro_jax.errors import UserError
 from retro_jax.training.flops import hardware_flops, step_flops
+from retro_jax.training.retrofit import trains
 
 sys.path.insert(0, str(ROOT / "tools"))
-from benchmarks import children, environments, measure, retro_pytorch, train
+from benchmarks import children, environments, measure, retro_pytorch, retrofit, train
 
 SMALL = ("--preset=demo", "--batch_size=2", "--length=128", "--steps=2", "--warmup=1")
 
@@ -63,6 +64,45 @@ def test_the_baseline_takes_a_process_of_its_own(train_line):
     assert train_line["step_time_ratio_to_baseline"] == pytest.approx(
         train_line["step_seconds_median"] / train_line["baseline_step_seconds_median"]
     )
+
+
+@pytest.mark.slow  # three processes; what they are asked for is the next test's
+def test_retrofit_trains_the_added_parameters_alone_and_says_how_many():
+    full, fitted, adapted = lines("retrofit", *SMALL, "--steps=1", "--k=1", "--lora_rank=3")
+    assert full["trained_parameters"] == full["parameters"] == fitted["parameters"] == 551_552
+    assert fitted["trained_parameters"] == 198_080 and fitted["trained_share"] == pytest.approx(198_080 / 551_552)
+    # Query and value of three layers: [64, 3] and [3, 4 x 32].
+    added = 3 * 2 * (64 * 3 + 3 * 4 * 32)
+    assert adapted["trained_parameters"] - fitted["trained_parameters"] == added
+    assert adapted["parameters"] - fitted["parameters"] == added and adapted["lora_rank"] == 3
+    for line in (full, fitted, adapted):
+        assert line["benchmark"] == "retrofit" and line["batch_size"] == 2 and "mfu" not in line
+
+
+def test_retrofit_is_measured_in_turn_with_full_training_of_the_same_model(monkeypatch):
+    asked = []
+
+    def measured(config, plan):
+        asked.append(config)
+        seconds = 1.0 if trains(config) is None else 0.5
+        kept = {
+            "parameters": 10,
+            "trained_parameters": 10 if seconds == 1 else 4,
+            "peak_memory_bytes": int(8 * seconds),
+        }
+        same = {"cores": 1, "cores_busy": 1.0, "other_cores_busy": None, "compile_seconds": 1.0, "platform": "cpu"}
+        named = {"mesh": {}, "devices": 1, "device_kind": "cpu", "compile_peak_memory_bytes": 1}
+        return {"step_seconds": [seconds], "data_wait_seconds": [0.0], **kept, **same, **named}
+
+    monkeypatch.setattr(train, "measure", measured)
+    plan = train.Plan(steps=2, warmup=1, rounds=2, cores=0, cpu_devices=0)
+    full, fitted, adapted = retrofit.lines(_config(remat="none", k=1), plan, 3)
+    assert [trains(config) is None for config in asked] == [True, False, False] * 2
+    assert [config.model.lora_rank for config in asked] == [0, 0, 3] * 2
+    assert [line["way"] for line in (full, fitted, adapted)] == ["full", "retrofit", "retrofit_lora"]
+    assert (full["speed_ratio_to_full"], fitted["speed_ratio_to_full"]) == (1, 2)
+    assert (fitted["memory_ratio_to_full"], fitted["trained_share"]) == (0.5, 0.4)
+    assert len(retrofit.lines(_config(remat="none", k=1), plan, 0)) == 2
 
 
 def test_sequences_that_do_not_suit_the_model_are_refused(small_data):

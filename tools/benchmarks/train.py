@@ -64,8 +64,8 @@ def against_baseline(config: TrainConfig, plan: Plan) -> dict[str, Any]:
     baseline = dataclasses.replace(config, model=dataclasses.replace(config.model, cca_layers=()))
     ours, theirs = [], []
     for _ in range(plan.rounds):
-        ours.append(_ours(config, plan))
-        theirs.append(_ours(baseline, plan))
+        ours.append(measure(config, plan))
+        theirs.append(measure(baseline, plan))
     line = _line(config, ours)
     median = children.summary(theirs, 1, 1)["step_seconds_median"]
     return {
@@ -77,7 +77,7 @@ def against_baseline(config: TrainConfig, plan: Plan) -> dict[str, Any]:
 
 def alone(config: TrainConfig, plan: Plan) -> dict[str, Any]:
     """The line of our step."""
-    return _line(config, [_ours(config, plan) for _ in range(plan.rounds)])
+    return _line(config, [measure(config, plan) for _ in range(plan.rounds)])
 
 
 def against_peer(config: TrainConfig, plan: Plan, python: str) -> list[dict[str, Any]]:
@@ -98,7 +98,7 @@ def against_peer(config: TrainConfig, plan: Plan, python: str) -> list[dict[str,
         del jobs["compiled"]
     ours, theirs = [], {way: [] for way in jobs}
     for _ in range(plan.rounds):
-        ours.append(_ours(config, plan, {"JAX_PLATFORMS": "cpu"}))
+        ours.append(measure(config, plan, {"JAX_PLATFORMS": "cpu"}))
         for way, job in jobs.items():
             theirs[way].append(
                 children.run(python, retro_pytorch.MODULE, {**job, **plan.job()}, retro_pytorch.ENVIRONMENT)
@@ -124,18 +124,16 @@ def against_peer(config: TrainConfig, plan: Plan, python: str) -> list[dict[str,
     return [line, *lines.values(), comparison]
 
 
-def _ours(config: TrainConfig, plan: Plan, environment: dict[str, str] | None = None) -> dict[str, Any]:
+def measure(config: TrainConfig, plan: Plan, environment: dict[str, str] | None = None) -> dict[str, Any]:
+    """One round of our step in a process of its own; `environment` is added to this process's variables."""
     job = {**plan.job(), "cpu_devices": plan.cpu_devices, "config": to_dict(config)}
     return children.run(sys.executable, "benchmarks.train_step", job, environment)
 
 
-def _line(config: TrainConfig, rounds: list[dict[str, Any]]) -> dict[str, Any]:
+def step_line(config: TrainConfig, rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """What was measured of our step, over its rounds: settings, figures, and where."""
     model, first = config.model, rounds[0]
-    figures = children.summary(rounds, config.batch_size * config.data.length, processed_tokens(config))
-    median, peak = figures["step_seconds_median"], first["peak_flops"]
-    work = {"mfu": step_flops(config), "mfu_all_pairs": step_flops(config, causal=False), "hfu": hardware_flops(config)}
     return {
-        "benchmark": "train",
         "config": fingerprint(to_dict(config)),
         "batch_size": config.batch_size,
         "length": config.data.length,
@@ -150,15 +148,25 @@ def _line(config: TrainConfig, rounds: list[dict[str, Any]]) -> dict[str, Any]:
         "parameters": first["parameters"],
         "mesh": first["mesh"],
         "devices": f"{first['devices']} x {first['device_kind']}",
-        **figures,
+        **children.summary(rounds, config.batch_size * config.data.length, processed_tokens(config)),
         "compile_seconds": max(each["compile_seconds"] for each in rounds),
         "compile_peak_memory_bytes": max(each["compile_peak_memory_bytes"] for each in rounds),
+        "peak_memory_of": "process" if first["platform"] == "cpu" else "device",
+    }
+
+
+def _line(config: TrainConfig, rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    line, first = step_line(config, rounds), rounds[0]
+    median, peak = line["step_seconds_median"], first["peak_flops"]
+    work = {"mfu": step_flops(config), "mfu_all_pairs": step_flops(config, causal=False), "hfu": hardware_flops(config)}
+    return {
+        "benchmark": "train",
+        **line,
         "model_gflop": work["mfu"] / 1e9,
         "hardware_gflop": work["hfu"] / 1e9,
         "model_gflops_per_second": work["mfu"] / 1e9 / median,
         "hardware_gflops_per_second": work["hfu"] / 1e9 / median,
         **{name: peak and flops / (median * peak * first["devices"]) for name, flops in work.items()},
-        "peak_memory_of": "process" if first["platform"] == "cpu" else "device",
     }
 
 

@@ -16,12 +16,14 @@ from retro_jax import program
 from retro_jax.config import TrainConfig, from_dict
 from retro_jax.data.batches import Batches
 from retro_jax.data.sequences import SequenceSource
-from retro_jax.data.tokenizer import BOS_ID, PAD_ID, UNK_ID
+from retro_jax.data.tokenizer import UNK_ID
 from retro_jax.parallel import rules
 from retro_jax.parallel.mesh import check_batch, create_mesh
 from retro_jax.training.flops import peak_flops
 from retro_jax.training.inputs import abstract_batch, check_data, to_devices
+from retro_jax.training.loss import unscored_labels
 from retro_jax.training.optimizer import create_optimizer
+from retro_jax.training.retrofit import trains
 from retro_jax.training.state import initialise, plan_model, plan_state
 from retro_jax.training.step import make_train_step
 
@@ -56,16 +58,16 @@ def main(arguments: list[str]) -> None:
 def _time(
     config: TrainConfig, mesh: Mesh, batches: Iterator[dict[str, jax.Array]], job: dict[str, Any]
 ) -> dict[str, Any]:
-    plan = plan_model(config.model, mesh)
+    plan = plan_model(config.model, mesh, trains(config))
     optimizer = create_optimizer(config.optimizer, config.steps, plan.axes)
-    step = make_train_step(config, plan, optimizer, mesh, unscored=(PAD_ID, BOS_ID))
+    step = make_train_step(config, plan, optimizer, mesh, unscored=unscored_labels(config.model))
     begun = time.perf_counter()
     compiled = step.lower(
         plan_state(plan, optimizer, mesh), abstract_batch(config, rules.batch_sharding(mesh))
     ).compile()
     compile_seconds, compile_peak = time.perf_counter() - begun, measure.peak_memory_bytes()
     state = initialise(config.model, plan, optimizer, mesh, seed=config.seed)
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    trained, _ = plan.split(plan.params)
 
     def run(batch: dict[str, jax.Array]) -> None:
         nonlocal state
@@ -76,7 +78,8 @@ def _time(
         **measure.time_steps(run, batches, warmup=job["warmup"], steps=job["steps"]),
         "compile_seconds": compile_seconds,
         "compile_peak_memory_bytes": compile_peak,
-        "parameters": parameters,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        "trained_parameters": sum(leaf.size for leaf in jax.tree.leaves(trained)),
     }
 
 

@@ -9,7 +9,6 @@ import numpy as np
 from flax import nnx
 
 from retro_jax.data.corpus import Corpus
-from retro_jax.data.tokenizer import EOS_ID
 from retro_jax.evaluation.forward import Forward
 from retro_jax.evaluation.passes import scored_spans
 from retro_jax.training.state import ModelPlan
@@ -87,5 +86,5 @@ def key_params(plan: ModelPlan, params: nnx.State) -> nnx.State:
 def _joined(spans: Sequence[Any], with_end: bool) -> Predicted:
     labels, nats = (np.concatenate([getattr(span, name) for span in spans]) for name in ("labels", "nats"))
     states = None if spans[0].hidden is None else np.concatenate([span.hidden for span in spans])
-    count = len(labels) - int(not with_end and labels[-1] == EOS_ID)
+    count = len(labels) - int(not with_end)  # a document's last token is its end token
     return Predicted(spans[0].document, labels[:count], nats[:count], states if states is None else states[:count])

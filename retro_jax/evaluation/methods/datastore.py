@@ -17,10 +17,10 @@ import numpy as np
 from retro_jax.data.arrays import ArrayWriter
 from retro_jax.data.corpus import Corpus
 from retro_jax.data.stage import MANIFEST, Stage, shard_name
-from retro_jax.data.tokenizer import BOS_ID, PAD_ID
 from retro_jax.errors import UserError
 from retro_jax.evaluation.methods.activations import predictions
 from retro_jax.evaluation.methods.method import MethodContext
+from retro_jax.evaluation.passes import document_tokens
 from retro_jax.retrieval.embedder import EmbeddingSet
 from retro_jax.retrieval.exact import exact_search
 from retro_jax.retrieval.index_build import build_index
@@ -169,5 +169,5 @@ def _values(corpus: Corpus, documents: np.ndarray) -> np.ndarray:
     for document in documents.tolist():
         first, chunks = corpus.document_range(document)
         tokens = corpus.tokens(np.arange(first, first + chunks)).reshape(-1)
-        found.append(tokens[(tokens != PAD_ID) & (tokens != BOS_ID)])
+        found.append(tokens[1 : document_tokens(corpus, document)])
     return np.concatenate(found)

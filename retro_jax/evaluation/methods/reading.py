@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from retro_jax.data.corpus import Corpus
-from retro_jax.data.tokenizer import BOS_ID, EOS_ID, PAD_ID
+from retro_jax.data.tokenizer import Tokenizer
 from retro_jax.errors import UserError
 from retro_jax.evaluation.evaluated import Evaluated
 from retro_jax.evaluation.forward import Forward
@@ -65,7 +65,9 @@ def pieces(corpus: Corpus, *, window: int, stride: int, every: int) -> Iterator[
             yield Piece(one, first, stop, start + block * every - 1 if block else -1)
 
 
-def reading_row(text: np.ndarray, prefix: np.ndarray, piece: Piece, size: int) -> tuple[np.ndarray, np.ndarray, slice]:
+def reading_row(
+    text: np.ndarray, prefix: np.ndarray, piece: Piece, size: int, pad_id: int
+) -> tuple[np.ndarray, np.ndarray, slice]:
     """A row of the model: a text to read, then the document up to the scored tokens and as far beyond as fits.
 
     What lies beyond changes nothing, and makes the row without a prefix that of the plain evaluation.
@@ -75,6 +77,7 @@ def reading_row(text: np.ndarray, prefix: np.ndarray, piece: Piece, size: int) -
       prefix: [P] tokens to read before it, at most `size` / 2.
       piece: what is scored.
       size: tokens of the row.
+      pad_id: of what lies behind the text.
 
     Returns:
       tokens and labels int32 [size], and the places of the scored labels. A start token stays the first token.
@@ -82,7 +85,7 @@ def reading_row(text: np.ndarray, prefix: np.ndarray, piece: Piece, size: int) -
     window, room = piece.window, size - len(prefix)
     start = max(window.start, piece.stop - 1 - room)
     stop = min(window.start + window.length, start + room)
-    tokens, labels = np.full((2, size), PAD_ID, np.int32)
+    tokens, labels = np.full((2, size), pad_id, np.int32)
     body = np.concatenate([prefix, text[start:stop]])
     if start == 0:
         body = np.concatenate([text[:1], prefix, text[1:stop]])
@@ -93,9 +96,9 @@ def reading_row(text: np.ndarray, prefix: np.ndarray, piece: Piece, size: int) -
     return tokens, labels, slice(piece.first + shift, piece.stop + shift)
 
 
-def joined(neighbours: np.ndarray, room: int) -> np.ndarray:
+def joined(neighbours: np.ndarray, room: int, tokenizer: Tokenizer) -> np.ndarray:
     """Neighbours [K, R], nearest first, as one text of at most `room` tokens: the nearest last, the farthest cut."""
-    texts = [row[(row != PAD_ID) & (row != BOS_ID) & (row != EOS_ID)] for row in neighbours]
+    texts = [row[tokenizer.is_text(row)] for row in neighbours]
     whole = np.concatenate([*reversed(texts), np.zeros(0, np.int32)])
     return whole[max(0, len(whole) - room) :]
 
@@ -110,7 +113,7 @@ def read(
             for piece, prefix in rows[begin : begin + forward.batch_size]:
                 first, chunks = corpus.document_range(piece.window.document)
                 text = corpus.tokens(np.arange(first, first + chunks)).reshape(-1)
-                batch.append(reading_row(text, prefix, piece, size))
+                batch.append(reading_row(text, prefix, piece, size, corpus.pad_id))
             found = forward(np.stack([row[0] for row in batch]), np.stack([row[1] for row in batch]))
             for nats, (_, _, places) in zip(found.nats, batch, strict=True):
                 yield nats[places]
@@ -143,7 +146,8 @@ class Prepend:
         context, corpus, count = self._context, evaluated.corpus, self._context.options.prepended
         every = list(pieces(corpus, **context.windows, every=context.options.prepend_stride))
         neighbours = _neighbour_texts(evaluated, every, count)
-        rows = [(piece, joined(texts, context.window // 2)) for piece, texts in zip(every, neighbours, strict=True)]
+        room, tokenizer = context.window // 2, corpus.tokenizer
+        rows = [(piece, joined(texts, room, tokenizer)) for piece, texts in zip(every, neighbours, strict=True)]
         collector = LossCollector(corpus)
         found = read(context.plain, corpus, rows, context.window, f"{evaluated.name}: {self.name}")
         for piece, nats in zip(every, found, strict=True):
@@ -175,11 +179,13 @@ class Rag(TunedMethod):
         every = list(pieces(corpus, **context.windows, every=context.options.prepend_stride))
         texts = _neighbour_texts(evaluated, every, count)
         chunks = np.array([piece.chunk for piece in every])
-        distances = np.where((texts != PAD_ID).any(-1), evaluated.neighbours.distances(chunks)[:, :count], np.inf)
+        there = (texts != corpus.pad_id).any(-1)
+        distances = np.where(there, evaluated.neighbours.distances(chunks)[:, :count], np.inf)
         rows, owners = [], []
         for number, piece in enumerate(every):
             for place in np.flatnonzero(np.isfinite(distances[number])).tolist():
-                rows.append((piece, joined(texts[number, place : place + 1], context.window // 2)))
+                near = joined(texts[number, place : place + 1], context.window // 2, corpus.tokenizer)
+                rows.append((piece, near))
                 owners.append((number, place))
         firsts = np.cumsum([0, *(piece.stop - piece.first for piece in every)])
         after = np.full((firsts[-1], count), np.inf, np.float32)

@@ -9,7 +9,7 @@ from small_run import M
 from retro_jax.data.tokenizer import BOS_ID, EOS_ID, PAD_ID
 from retro_jax.errors import UserError
 from retro_jax.evaluation.evaluated import Evaluated
-from retro_jax.evaluation.losses import collect, text_tokens
+from retro_jax.evaluation.losses import collect
 from retro_jax.evaluation.methods.reading import Prepend, Rag, joined, pieces, reading_row
 from retro_jax.evaluation.passes import scored_spans
 
@@ -50,7 +50,7 @@ def test_pieces_are_every_text_token_once_with_the_neighbours_of_the_chunk_befor
         block = piece.first // (every * M)
         assert block == (piece.stop - 1) // (every * M)
         assert piece.chunk == (start + block * every - 1 if block else -1)
-    np.testing.assert_array_equal(seen, text_tokens(corpus.tokens(np.arange(corpus.num_chunks))))
+    np.testing.assert_array_equal(seen, corpus.tokenizer.is_text(corpus.tokens(np.arange(corpus.num_chunks))))
 
 
 @pytest.mark.parametrize("length", [0, 5, WINDOW // 2])
@@ -58,7 +58,7 @@ def test_a_row_predicts_each_token_after_the_prefix_and_the_text_before_it(valid
     corpus, prefix = valid.corpus, np.arange(100, 100 + length, dtype=np.int32)
     for piece in pieces(corpus, window=WINDOW, stride=STRIDE, every=1):
         text = text_of(corpus, piece.window.document)
-        tokens, labels, places = reading_row(text, prefix, piece, WINDOW)
+        tokens, labels, places = reading_row(text, prefix, piece, WINDOW, PAD_ID)
         np.testing.assert_array_equal(labels[places], text[piece.first : piece.stop])
         before = tokens[: places.start + 1].tolist()
         starts = before[0] == BOS_ID
@@ -71,11 +71,12 @@ def test_a_row_predicts_each_token_after_the_prefix_and_the_text_before_it(valid
         np.testing.assert_array_equal(following, text[piece.first : piece.stop - 1])
 
 
-def test_the_nearest_neighbour_stands_last_and_the_farthest_is_cut():
+def test_the_nearest_neighbour_stands_last_and_the_farthest_is_cut(valid):
+    tokenizer = valid.corpus.tokenizer
     neighbours = np.array([[BOS_ID, 11, 12, EOS_ID, PAD_ID], [21, 22, 23, PAD_ID, PAD_ID], [PAD_ID] * 5])
-    assert joined(neighbours, 9).tolist() == [21, 22, 23, 11, 12]
-    assert joined(neighbours, 4).tolist() == [22, 23, 11, 12]
-    assert joined(neighbours[2:], 4).tolist() == []
+    assert joined(neighbours, 9, tokenizer).tolist() == [21, 22, 23, 11, 12]
+    assert joined(neighbours, 4, tokenizer).tolist() == [22, 23, 11, 12]
+    assert joined(neighbours[2:], 4, tokenizer).tolist() == []
 
 
 def test_reading_nothing_is_the_baseline(make_context, valid, unread):

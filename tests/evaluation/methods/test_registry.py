@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from retro_jax.errors import UserError
-from retro_jax.evaluation.losses import collect, text_tokens
+from retro_jax.evaluation.losses import collect
 from retro_jax.evaluation.methods import METHODS, check_methods
 from retro_jax.evaluation.neighbourhood import Neighbourhood
 from retro_jax.evaluation.passes import scored_spans
@@ -19,7 +19,7 @@ def test_every_method_scores_the_same_tokens_and_describes_itself(make_context, 
         make_context(retro if kind.for_retro else None, tuning=valid, work=tmp_path if kind.for_retro else None)
     )
     losses = method.losses(valid)
-    scored = text_tokens(valid.corpus.tokens(np.arange(valid.corpus.num_chunks)))
+    scored = valid.corpus.tokenizer.is_text(valid.corpus.tokens(np.arange(valid.corpus.num_chunks)))
     assert method.name == name
     np.testing.assert_array_equal(losses.nats != 0, scored)
     json.dumps([method.settings, method.inputs, losses.settings])
