@@ -4,12 +4,13 @@
     python launch/answer.py --workdir=runs/answers --examples=questions/dev.jsonl --steps=all
     python launch/answer.py --workdir=runs/answers --examples=questions/test.jsonl --modes=on,off
 
-Decoding is greedy, to the end token or a chunk of tokens. Questions are laid out as those that the run was fine-tuned on
-(tools/write_answers.py): with passages for the encoder (on), without (off, baseline), with passages in the prompt or
+Decoding is greedy, to the end token or a chunk of tokens. Questions are laid out as those that the run was fine-tuned
+on (tools/write_answers.py): with passages for the encoder (on), without (off, baseline), with passages in the prompt or
 without. --modes takes others than the one it was fine-tuned in. With several --steps the one with most exact matches is
 named: choose it on dev, and give it for test.
 """
 
+from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -60,7 +61,7 @@ def _evaluate(run: TrainedRun, questions: list[Question]) -> list[dict[str, Any]
 
 def _steps(workdir: str) -> list[int | None]:
     if _STEPS.value == ["all"]:
-        return list(saved_steps(f"{workdir}/{CHECKPOINTS}"))
+        return list(saved_steps(Path(workdir) / CHECKPOINTS))
     try:
         return [int(step) for step in _STEPS.value] or [None]
     except ValueError:

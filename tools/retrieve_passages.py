@@ -2,7 +2,8 @@
 
     python tools/build_corpus.py --input=passages.jsonl --tokenizer=RUN/tokenizer.model --chunk_length=112 \
         --output=passages/corpus
-    python tools/retrieve_passages.py --questions=questions.jsonl --database=passages --retriever=bm25 --output=questions
+    python tools/retrieve_passages.py --questions=questions.jsonl --database=passages --retriever=bm25 \
+        --output=questions
     python tools/retrieve_passages.py --questions=questions.jsonl --database=passages --embedder=embedder \
         --output=questions --dev_share=0.1 --test_share=0.2
 
@@ -10,8 +11,8 @@ Passages are the chunks of a database, whose documents have `id` and `title`. Qu
 and `answers`, and `passage_id` (the id of the document with the answer) and `title` (of its article) where they are
 known. The dense retriever needs embeddings/ and index/ of the database, BM25 its corpus/ alone.
 
-The output holds train.jsonl, dev.jsonl and test.jsonl. Questions about one article go into one part: a hash of its title
-decides, so no article of one part is asked about in another.
+The output holds train.jsonl, dev.jsonl and test.jsonl. Questions about one article go into one part: a hash of its
+title decides, so no article of one part is asked about in another.
 """
 
 from pathlib import Path

@@ -42,9 +42,10 @@ def main() -> None:
         shard_records=_SHARD_RECORDS.value,
     )
     counts, histogram = manifest.counts, manifest.counts["questions_by_passages"]
+    length = layout.schema(tokenizer.vocab_size).length
     print(
-        f"{_OUTPUT.value}: {counts['sequences']:,} questions in sequences of {layout.schema(tokenizer.vocab_size).length} "
-        f"tokens; {counts['cut_prompts']:,} too long for the prompt, {counts['cut_answers']:,} answers cut, "
+        f"{_OUTPUT.value}: {counts['sequences']:,} questions in sequences of {length} tokens; "
+        f"{counts['cut_prompts']:,} too long for the prompt, {counts['cut_answers']:,} answers cut, "
         f"{sum(histogram[:-1]):,} with fewer than {layout.passages} passages"
     )
 

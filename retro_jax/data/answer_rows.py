@@ -145,8 +145,8 @@ def write_answers(
 ) -> Manifest:
     """Writes questions with their answers as training sequences, in the order of the file; goes on where it stopped.
 
-    It is the sequences stage (`sequences.py`) with a `prompt_length`: training puts no loss on the prompt. Questions are
-    read one at a time, twice.
+    It is the sequences stage (`sequences.py`) with a `prompt_length`: training puts no loss on the prompt. The file is
+    read twice, a shard of questions at a time.
 
     Args:
       examples: file of questions with passages.

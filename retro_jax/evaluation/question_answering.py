@@ -139,7 +139,11 @@ def evaluate_answers(
 
 
 def best_step(results: Sequence[dict[str, Any]]) -> int:
-    """The step with the most exact matches, the earliest of several: early stopping as Wang et al. (2023) do it."""
+    """The step with the most exact matches, the earliest of several: early stopping as Wang et al. (2023) do it.
+
+    Of results in several modes those in the first one's count.
+    """
+    results = [result for result in results if result["mode"] == results[0]["mode"]]
     return min(results, key=lambda result: (-result["exact_match"], result["step"]))["step"]
 
 

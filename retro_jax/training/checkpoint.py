@@ -170,18 +170,30 @@ def load_params(directory: str | os.PathLike, abstract: nnx.State, step: int | N
       UserError: there is no checkpoint, or not this one, or it is damaged or of another configuration.
     """
     directory = Path(directory).absolute()
-    if not directory.is_dir():
-        raise UserError(f"{directory}: no checkpoints here; train first")
+    steps = saved_steps(directory)
     with ocp.training.Checkpointer(directory) as checkpointer:
-        steps = [checkpoint.step for checkpoint in checkpointer.checkpoints]
-        if not steps:
-            raise UserError(f"{directory}: no complete checkpoint here; train first")
         if step is not None and step not in steps:
             raise UserError(f"{directory}: no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
         step = steps[-1] if step is None else step
         wanted = {"params": to_nested_dict(abstract)}
         items, _ = _load(checkpointer, step, wanted, lambda earlier: f"--step={earlier} takes the one before it")
     return from_nested_dict(abstract, items["params"]), step
+
+
+def saved_steps(directory: str | os.PathLike) -> list[int]:
+    """Steps of the complete checkpoints of a run, ascending, at least one.
+
+    Raises:
+      UserError: there is none.
+    """
+    directory = Path(directory).absolute()
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no checkpoints here; train first")
+    with ocp.training.Checkpointer(directory) as checkpointer:
+        steps = [checkpoint.step for checkpoint in checkpointer.checkpoints]
+    if not steps:
+        raise UserError(f"{directory}: no complete checkpoint here; train first")
+    return steps
 
 
 class _DamagedError(Exception):
