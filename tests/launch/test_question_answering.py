@@ -77,7 +77,7 @@ def test_answers_are_read_out_of_the_passages_and_without_them_one_of_eight_is_r
 
 
 def test_mistakes_are_named_in_one_line(answered, finished_run, tmp_path):
-    workdir, questions, root = answered
+    workdir, questions, _ = answered
     flags = (f"--workdir={workdir}", f"--examples={questions}")
     assert "no checkpoint of step 3; there are 120, 240" in error_line("launch/answer.py", *flags, "--steps=3")
     assert "--steps=x: expected numbers of steps, or all" in error_line("launch/answer.py", *flags, "--steps=x")
