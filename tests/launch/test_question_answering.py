@@ -19,7 +19,7 @@ def get_config():
             unfreeze_decoder=True,
             data=DataConfig(sequences=({sequences!r},), neighbours=1),
             optimizer=OptimizerConfig(peak_learning_rate=1e-2, warmup_steps=5, weight_decay=0.0),
-            checkpoint=CheckpointConfig(every_steps=240, keep_every=120),
+            checkpoint=CheckpointConfig(every_steps=120, keep_every=120),
             steps=240,
             batch_size=8,
             log_every=120,
