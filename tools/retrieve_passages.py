@@ -20,6 +20,7 @@ from pathlib import Path
 from absl import flags
 
 from retro_jax import program
+from retro_jax.data.questions import PARTS
 from retro_jax.errors import UserError
 from retro_jax.retrieval.bm25 import Bm25, Bm25Settings
 from retro_jax.retrieval.database import Database
@@ -50,8 +51,9 @@ def main() -> None:
         test_share=_TEST_SHARE.value,
     )
     print("part   questions    k  gold passage  answer found")
-    for part, counts in manifest.counts.items():
-        for n, found in counts["recall"].items():
+    for part in (part for part in PARTS if part in manifest.counts):
+        counts = manifest.counts[part]
+        for n, found in sorted(counts["recall"].items(), key=lambda item: int(item[0])):
             gold = "-" if found["passage"] is None else f"{found['passage']:.1%}"
             print(f"{part:<5}  {counts['questions']:>9,}  {n:>3}  {gold:>12}  {found['answer']:>12.1%}")
 

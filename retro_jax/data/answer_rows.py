@@ -11,6 +11,7 @@ how a decoder alone reads them, in place of Fusion-in-Decoder's own encoder for 
 """
 
 import dataclasses
+import functools
 import os
 import shutil
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ from retro_jax.data.tokenizer import Tokenizer
 from retro_jax.errors import require
 from retro_jax.progress import Progress
 
+_PASSAGES_KEPT = 100_000
 _TOTALS = ("sequences", "chunks", "tokens", "bytes", "cut_prompts", "cut_answers")
 
 
@@ -76,6 +78,8 @@ class RowWriter:
     def __init__(self, tokenizer: Tokenizer, layout: RowLayout) -> None:
         self.tokenizer = tokenizer
         self.layout = layout
+        # Questions about one article have many passages in common.
+        self._passage = functools.lru_cache(_PASSAGES_KEPT)(self._passage_tokens)
 
     def prompt(self, question: Question) -> list[int]:
         """Tokens of the prompt without start token and padding, at most P - 1; the last one ends "answer:".
@@ -129,7 +133,7 @@ class RowWriter:
     def _question(self, question: Question) -> list[int]:
         return self.tokenizer.encode(f"question: {question.question} \n answer:")
 
-    def _passage(self, passage: Passage) -> list[int]:
+    def _passage_tokens(self, passage: Passage) -> list[int]:
         text = f"title: {passage.title}, source: {passage.text}"
         return self.tokenizer.encode(text)[: self.layout.neighbour_length]
 

@@ -139,12 +139,12 @@ def evaluate_answers(
 
 
 def best_step(results: Sequence[dict[str, Any]]) -> int:
-    """The step with the most exact matches, the earliest of several: early stopping as Wang et al. (2023) do it.
+    """The step with the most exact matches: early stopping as Wang et al. (2023) do it.
 
-    Of results in several modes those in the first one's count.
+    Of several the one with the larger F1, then the earliest. Of results in several modes the first one's count.
     """
     results = [result for result in results if result["mode"] == results[0]["mode"]]
-    return min(results, key=lambda result: (-result["exact_match"], result["step"]))["step"]
+    return min(results, key=lambda result: (-result["exact_match"], -result["f1"], result["step"]))["step"]
 
 
 def table(results: Sequence[dict[str, Any]], names: Sequence[str] | None = None) -> str:

@@ -89,7 +89,7 @@ def test_answers_of_a_batch_equal_a_full_forward_loop_on_and_off(run, questions)
     assert expected[True] != expected[False]
 
 
-def test_right_answers_are_counted_and_the_best_step_is_the_earliest(run, questions, monkeypatch):
+def test_right_answers_are_counted_and_the_best_step_has_most(run, questions, monkeypatch):
     given = [f"answer {question.id}" for question in questions]
     monkeypatch.setattr(Answerer, "answer", lambda self, questions, *, on: given)
     asked = list(questions)
@@ -101,8 +101,15 @@ def test_right_answers_are_counted_and_the_best_step_is_the_earliest(run, questi
     assert [each["prediction"] for each in result["answers"]] == given
     lines = table([result]).splitlines()
     assert len(lines) == 3 and "| on " in lines[2] and f"{100 * result['exact_match']:.1f} %" in lines[2]
-    steps = [{"step": step, "mode": "on", "exact_match": match} for step, match in ((30, 0.5), (20, 0.5), (10, 0.1))]
-    assert best_step([*steps, {"step": 5, "mode": "off", "exact_match": 1.0}]) == 20
+    figures = (
+        (30, "on", 0.5, 0.6),
+        (20, "on", 0.5, 0.6),
+        (10, "on", 0.5, 0.5),
+        (5, "on", 0.1, 0.9),
+        (1, "off", 1.0, 1.0),
+    )
+    results = [dict(zip(("step", "mode", "exact_match", "f1"), each, strict=True)) for each in figures]
+    assert best_step(results) == 20
 
 
 def test_what_does_not_go_together_is_refused(run, questions):

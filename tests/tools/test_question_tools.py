@@ -65,7 +65,7 @@ def test_passages_are_found_split_by_article_and_become_sequences(small_data, da
     for part, counts in manifest["counts"].items():
         assert counts["questions"] == len(parts[part]) and f"{part:<5}  {len(parts[part]):>9,}    3" in stdout
         assert counts["recall"]["3"] == {"passage": 1.0, "answer": 1.0}  # every question names what its passage names
-        assert list(counts["recall"]) == ["1", "2", "3"]
+        assert set(counts["recall"]) == {"1", "2", "3"}
     for question in found:
         assert len(question.passages) == 3
         right = next(passage for passage in question.passages if passage.id == question.passage_id)
