@@ -47,6 +47,9 @@ class DataConfig:
       weights: mixture weight of each; empty for weights by number of sequences.
       neighbours: K fed to the model, at most the K stored.
       seed: of the shuffle and the mixture.
+      prompt: tokens at the beginning of each sequence that are given, not predicted, as in question answering; known
+        from the sequences. Only the last chunk of a prompt has neighbours.
+      score_prompt: the labels of the prompt carry loss too.
     """
 
     sequences: tuple[str, ...] = ()
@@ -54,10 +57,17 @@ class DataConfig:
     weights: tuple[float, ...] = ()
     neighbours: int = 2
     seed: int = 0
+    prompt: int = 0
+    score_prompt: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sequences", _split(self.sequences))
         require(self.neighbours >= 1, "data.neighbours must be at least 1 (a baseline ignores it)")
+
+    @property
+    def unscored_prompt(self) -> int:
+        """Tokens at the beginning of each sequence whose labels carry no loss."""
+        return 0 if self.score_prompt else self.prompt
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,7 @@ for name in ("tensorflow", "tensorflow_text", "scann", "apache_beam", "tokenizer
         "import runpy; runpy.run_path('launch/train.py', run_name='not_main')",
         "import runpy; runpy.run_path('launch/evaluate.py', run_name='not_main')",
         "import runpy; runpy.run_path('launch/sample.py', run_name='not_main')",
+        "import runpy; runpy.run_path('launch/answer.py', run_name='not_main')",
         "import runpy; runpy.run_path('launch/export.py', run_name='not_main')",
         "import runpy; runpy.run_path('launch/explore.py', run_name='not_main')",
     ],

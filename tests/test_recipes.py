@@ -96,3 +96,15 @@ def test_the_paper_recipe_has_every_size_and_its_baseline(size):
     assert dataclasses.replace(retro, model=baseline.model) == baseline
     document = runpy.run_path(str(EXPERIMENTS / "paper.py"))["__doc__"]
     assert f"{size} 0." in " ".join(document.split())
+
+
+def test_the_fine_tuning_on_questions_has_the_papers_settings_and_a_decoder_alone_has_no_retrieval():
+    config = recipe("question_answering.py")
+    assert (config.steps, config.batch_size, config.data.neighbours) == (25_000, 128, 20)
+    rates = learning_rate(config.optimizer, config.steps)
+    assert (float(rates(750)), float(rates(25_000))) == pytest.approx((1e-6, 1e-7), rel=1e-3)
+    assert config.unfreeze_decoder and config.cca_gate == 1
+    alone = recipe("question_answering.py", "small-decoder")
+    assert alone.model.is_baseline and alone.cca_gate == 0 and alone.unfreeze_decoder
+    with pytest.raises(UserError, match="did you mean 'small'"):
+        recipe("question_answering.py", "smal-decoder")

@@ -177,6 +177,7 @@ class SequenceSource:
       schema: shapes of a sequence.
       tokenizer_fingerprint: of the tokenizer whose ids these are.
       tokenizer_path: its file, kept beside the sequences.
+      prompt_length: tokens at the beginning of every sequence that are given and not predicted (`answer_rows`).
     """
 
     def __init__(self, directory: str | Path, *, verify: bool = True) -> None:
@@ -195,6 +196,7 @@ class SequenceSource:
         self.schema = SequenceSchema(**self.manifest.settings["schema"])
         self.tokenizer_fingerprint: str = self.manifest.inputs["tokenizer"]
         self.tokenizer_path = self.directory / TOKENIZER_FILE
+        self.prompt_length: int = self.manifest.settings.get("prompt_length", 0)
         self._verify = verify
         shards = [shard for shard in self.manifest.shards if shard.name.endswith(".tfrecord")]
         stride = self.schema.payload_bytes + FRAME_BYTES

@@ -1,8 +1,7 @@
 """Documents as sets of 13-word shingles, and how alike two sets are: exact Jaccard and MinHash (paper section 2.1).
 
-A word is what stands between white space, lower-cased; in scripts that write no spaces every character is a word. A
-shingle is n words in a row, kept as a 64-bit hash that is the same on every machine; a document of fewer than n words
-is one shingle.
+A shingle is n words (`words.py`) in a row, kept as a 64-bit hash that is the same on every machine; a document of fewer
+than n words is one shingle.
 """
 
 import re
@@ -12,6 +11,8 @@ from hashlib import blake2b
 import numpy as np
 from datasketch import MinHash
 
+from retro_jax.data.words import words
+
 BANDS, ROWS = 21, 6
 _SEED = 1
 _PIECE_CHARACTERS = 2**20
@@ -19,9 +20,6 @@ _KNOWN_WORDS = 2**20
 _SIGNED_AT_ONCE = 2**13  # datasketch needs a kilobyte for each
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _SPACE = re.compile(r"\s")
-_UNSPACED = re.compile(  # Thai, Lao, Burmese, Khmer, kana, Han
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
-)
 
 
 class _WordHashes(dict):
@@ -33,12 +31,6 @@ class _WordHashes(dict):
 
 
 _word_hashes = _WordHashes()
-
-
-def words(text: str) -> list[str]:
-    """The words of a text in order."""
-    text = text.lower()
-    return (text if text.isascii() else _UNSPACED.sub(r" \g<0> ", text)).split()
 
 
 def shingles(text: str, n: int) -> np.ndarray:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 
+from retro_jax.data.stage import file_sha256
 from retro_jax.errors import UserError
 from retro_jax.interop.huggingface import CONFIG, read_json
 from retro_jax.interop.pretrained import Pretrained, is_run, load_pretrained, open_pretrained
@@ -12,7 +13,7 @@ from retro_jax.interop.tensors import require_no_file
 from retro_jax.model.parameters import layer_reader
 from retro_jax.training.retrofit import Base
 from retro_jax.training.trained import load_trained
-from retro_jax.training.workdir import CHECKPOINTS, load_config
+from retro_jax.training.workdir import CHECKPOINTS, TOKENIZER, load_config
 
 
 def open_checkpoint(path: str | os.PathLike) -> Pretrained:
@@ -45,7 +46,8 @@ def open_base(path: str | os.PathLike) -> Base:
     if jax.process_count() > 1:
         raise UserError(f"{path}: several processes cannot begin with a run; write it with launch/export.py first")
     config = load_config(workdir).model
-    return Base(str(path), config, lambda: layer_reader(open_checkpoint(path).params, config))
+    tokenizer = file_sha256(workdir / TOKENIZER)[:16]
+    return Base(str(path), config, lambda: layer_reader(open_checkpoint(path).params, config), tokenizer)
 
 
 def _run(path: Path) -> tuple[Path | None, int | None]:

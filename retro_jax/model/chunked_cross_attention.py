@@ -72,8 +72,13 @@ class ChunkedCrossAttention(Attention):
         self.chunk_length = config.chunk_length
 
     def __call__(self, x: jax.Array, memory: Memory, where: Positions) -> jax.Array:
-        """x [B, T, D] to x + CCA(x, E), T >= M; the identity at the first M - 1 positions and where all is PAD."""
-        num_chunks = memory.values.shape[1]
-        chunks = attending_chunks(self.norm(x), self.chunk_length, num_chunks)
+        """x [B, T, D] to x + CCA(x, E), T >= M; the identity at the first M - 1 positions and where all is PAD.
+
+        E of fewer chunks than x has is that of the last complete ones; CCA is the identity before them.
+        """
+        num_chunks, length = memory.values.shape[1], x.shape[1]
+        first = (length // self.chunk_length - num_chunks) * self.chunk_length
+        chunks = attending_chunks(self.norm(x[:, first:]), self.chunk_length, num_chunks)
         out = self.attend(chunks[:, :, None], memory.values, memory.valid, where)[:, :, 0]
-        return x + positions_of_chunks(out, x.shape[1])
+        added = positions_of_chunks(out, length - first)
+        return x + (jnp.pad(added, ((0, 0), (first, 0), (0, 0))) if first else added)

@@ -58,9 +58,13 @@ class Retro(nnx.Module):
         """Logits of the next token, [B, T, V] float32."""
         return self.logits(self.hidden(tokens, neighbours))
 
-    def hidden(self, tokens: jax.Array, neighbours: jax.Array | None = None) -> jax.Array:
-        """What the output head reads: [B, T, D] after the final norm, in the compute dtype."""
-        self._check(tokens, neighbours)
+    def hidden(self, tokens: jax.Array, neighbours: jax.Array | None = None, *, last_chunks: bool = False) -> jax.Array:
+        """What the output head reads: [B, T, D] after the final norm, in the compute dtype.
+
+        With `last_chunks` neighbours may be [B, C, K, R] with any C up to T // M: those of the last C complete chunks.
+        The chunks before have none, and cost nothing.
+        """
+        self._check(tokens, neighbours, last_chunks)
         context = self.decoder.context(tokens != self.config.pad_id)
         x = self.decoder.enter(self._embed(tokens, context.valid), context)
         return self.decoder.leave(x, context, self._encode(x, context.valid, neighbours))
@@ -91,9 +95,10 @@ class Retro(nnx.Module):
         embedding = self.embedding if self.encoder_embedding is None else self.encoder_embedding
         if self.config.neighbour_part != "both":
             neighbours = neighbours[..., slice(*self.config.neighbour_range)]
-        return self.encoder(embedding(neighbours), neighbours != self.config.pad_id, x, valid)
+        first = (x.shape[1] // self.config.chunk_length - neighbours.shape[1]) * self.config.chunk_length
+        return self.encoder(embedding(neighbours), neighbours != self.config.pad_id, x[:, first:], valid[:, first:])
 
-    def _check(self, tokens: jax.Array, neighbours: jax.Array | None) -> None:
+    def _check(self, tokens: jax.Array, neighbours: jax.Array | None, last_chunks: bool = False) -> None:
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise UserError(f"tokens must be integers [B, T], are {tokens.dtype} {tuple(tokens.shape)}")
         if self.config.max_positions and tokens.shape[1] > self.config.max_positions:
@@ -108,6 +113,8 @@ class Retro(nnx.Module):
             )
         length, m = tokens.shape[1], self.config.chunk_length
         expected = (tokens.shape[0], length // m)
+        if last_chunks and neighbours.ndim == 4:
+            expected = (tokens.shape[0], min(neighbours.shape[1], length // m))
         if neighbours.ndim != 4 or tuple(neighbours.shape[:2]) != expected:
             raise UserError(
                 f"neighbours {tuple(neighbours.shape)} do not fit tokens {tuple(tokens.shape)}: "

@@ -56,7 +56,15 @@ class Product(NamedTuple):
     per_batch: bool = True
 
 
-def forward_flops(config: RetroConfig, batch_size: int, length: int, neighbours: int, *, causal: bool = True) -> Flops:
+def forward_flops(
+    config: RetroConfig,
+    batch_size: int,
+    length: int,
+    neighbours: int,
+    chunks: int | None = None,
+    *,
+    causal: bool = True,
+) -> Flops:
     """Model FLOPs of one forward pass.
 
     Args:
@@ -64,10 +72,11 @@ def forward_flops(config: RetroConfig, batch_size: int, length: int, neighbours:
       batch_size: B.
       length: T, tokens of a sequence.
       neighbours: K; 0 is RETRO[OFF]. A baseline ignores it.
+      chunks: how many have neighbours; None for all complete ones.
       causal: decoder self-attention counts half of its T x T products.
     """
     sums = dict.fromkeys(Flops._fields, 0.0)
-    for product in _products(config, batch_size, length, neighbours):
+    for product in _products(config, batch_size, length, neighbours, chunks):
         sums[product.part] += product.flops / 2 if causal and product.causal else product.flops
     return Flops(**sums)
 
@@ -104,10 +113,10 @@ def hardware_flops(config: TrainConfig) -> float:
 
 def processed_tokens(config: TrainConfig) -> int:
     """Positions that a step computes: targets and, for a RETRO, the tokens that the encoder reads."""
-    batch_size, length, neighbours = _shape(config)
+    batch_size, length, neighbours, chunks = _shape(config)
     if config.model.is_baseline:
         return batch_size * length
-    read = length // config.model.chunk_length * neighbours * len(range(*config.model.neighbour_range))
+    read = chunks * neighbours * len(range(*config.model.neighbour_range))
     return batch_size * (length + read)
 
 
@@ -127,10 +136,14 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
     return {"bfloat16": chip.bf16_flops, "float32": chip.float32_flops}.get(dtype)
 
 
-def _shape(config: TrainConfig) -> tuple[int, int, int]:
+def _shape(config: TrainConfig) -> tuple[int, int, int, int]:
+    """B, T, K and the chunks with neighbours, of what a step computes (`retro_jax.training.inputs`)."""
     if not config.data.length:
         raise UserError("FLOPs need data.length; 0 stands for the length that is stored")
-    return config.batch_size, config.data.length, config.data.neighbours
+    if config.data.prompt:
+        return config.batch_size, config.data.length - 1, config.data.neighbours, 1
+    chunks = config.data.length // config.model.chunk_length
+    return config.batch_size, config.data.length, config.data.neighbours, chunks
 
 
 def _head(config: TrainConfig, head: Product) -> float:
@@ -150,10 +163,16 @@ def _again(remat: str, name: str) -> int:
 
 
 def _products(
-    config: RetroConfig, batch_size: int, length: int, neighbours: int, *, blocks: bool = True
+    config: RetroConfig,
+    batch_size: int,
+    length: int,
+    neighbours: int,
+    chunks: int | None = None,
+    *,
+    blocks: bool = True,
 ) -> Iterator[Product]:
     """Every kind of matrix product of one forward pass; arguments as `forward_flops`, `blocks` as `_causal_scores`."""
-    chunks = length // config.chunk_length
+    chunks = length // config.chunk_length if chunks is None else chunks
     heads, encoder_heads = config.num_heads * config.head_size, config.encoder_num_heads * config.encoder_head_size
     tokens = batch_size * length
     yield from _times(

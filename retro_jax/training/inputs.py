@@ -46,6 +46,11 @@ def check_data(config: TrainConfig, sources: Sequence[SequenceSource], held_out:
         length = config.data.length or sources[0].schema.length
         if schema.length != length:
             raise UserError(f"{directory}: sequences of {schema.length} tokens, expected {length}")
+        prompt = config.data.prompt or sources[0].prompt_length
+        if source.prompt_length != prompt:
+            raise UserError(f"{directory}: prompts of {source.prompt_length} tokens, expected {prompt}")
+        if prompt and config.mesh.context != 1:
+            raise UserError(f"{directory}: sequences with a prompt are not cut by mesh.context; leave it at 1")
         if source.tokenizer_fingerprint != sources[0].tokenizer_fingerprint:
             raise UserError(f"{directory}: another tokenizer than that of {config.data.sequences[0]}")
     tokenizer = Tokenizer(sources[0].tokenizer_path)
@@ -67,11 +72,15 @@ def check_data(config: TrainConfig, sources: Sequence[SequenceSource], held_out:
 
 
 def abstract_batch(config: TrainConfig, sharding: NamedSharding) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a batch: tokens [B, T+1] and, unless the model is a baseline, neighbours [B, L, K, R], int32."""
+    """Shapes of a batch: tokens [B, T+1] and, unless the model is a baseline, neighbours [B, L, K, R], int32.
+
+    Of sequences with a prompt it is [B, T] and [B, 1, K, R], see `to_devices`.
+    """
     B, T, model = config.batch_size, config.data.length, config.model
-    shapes = {"tokens": (B, T + 1)}
+    shapes = {"tokens": (B, T if config.data.prompt else T + 1)}
     if not model.is_baseline:
-        shapes["neighbours"] = (B, T // model.chunk_length, config.data.neighbours, model.neighbour_length)
+        chunks = 1 if config.data.prompt else T // model.chunk_length
+        shapes["neighbours"] = (B, chunks, config.data.neighbours, model.neighbour_length)
     return {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for name, shape in shapes.items()}
 
 
@@ -80,6 +89,9 @@ def to_devices(
 ) -> dict[str, jax.Array]:
     """What the model reads of a batch, over all devices.
 
+    Of sequences with a prompt the last token of the last chunk is no input, so that the last complete chunk is the
+    prompt's last one, and only the neighbours of that one are read: the others have none.
+
     Args:
       arrays: features of the sequences that this process has read, one a row.
       rows: which rows of the batch they are.
@@ -87,7 +99,10 @@ def to_devices(
       config: the run.
       sharding: of the batch.
     """
-    local = {"tokens": arrays["tokens"]}
+    prompt = config.data.prompt
+    local = {"tokens": arrays["tokens"][:, :-1] if prompt else arrays["tokens"]}
     if not config.model.is_baseline:
-        local["neighbours"] = arrays["neighbours"][:, :, : config.data.neighbours]
+        last = prompt // config.model.chunk_length
+        chunks = slice(last - 1, last) if prompt else slice(None)
+        local["neighbours"] = arrays["neighbours"][:, chunks, : config.data.neighbours]
     return hosts.to_global(local, rows, batch_size, sharding)

@@ -92,9 +92,12 @@ def train(
     if base is not None:
         config = retrofit.resolve(config, base.config)
     sources = [SequenceSource(directory) for directory in config.data.sequences]
+    if base is not None and sources:
+        base.check_tokenizer(sources[0].tokenizer_fingerprint, config.data.sequences[0])
     held_out = [SequenceSource(directory) for directory in config.validation.sequences]
     check_data(config, sources, held_out)
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, length=sources[0].schema.length))
+    stored = {"length": sources[0].schema.length, "prompt": sources[0].prompt_length}
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, **stored))
     check_batch(config, mesh)
     batches = Batches(
         sources,

@@ -97,9 +97,12 @@ def _head_backward(saved: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> 
 head_logits.defvjp(_head_forward, _head_backward)
 
 
-def label_weights(labels: jax.Array, *, unscored: tuple[int, ...]) -> jax.Array:
-    """[B, T] float32: 0 where the label is one of `unscored` (PAD, BOS), else 1."""
-    weights = jnp.ones(labels.shape, jnp.float32)
+def label_weights(labels: jax.Array, *, unscored: tuple[int, ...], prompt: int = 0) -> jax.Array:
+    """[B, T] float32: 0 where the label is one of `unscored` (PAD, BOS), else 1.
+
+    Labels of a prompt, the first `prompt` tokens of the sequence, weigh 0 too. Label t is token t + 1.
+    """
+    weights = jnp.broadcast_to((jnp.arange(labels.shape[1]) >= prompt - 1).astype(jnp.float32), labels.shape)
     for token in unscored:
         weights = jnp.where(labels == token, 0.0, weights)
     return weights

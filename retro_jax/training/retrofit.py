@@ -42,18 +42,29 @@ class Base(NamedTuple):
       name: where it is, for messages.
       config: of the model.
       open: loads it and gives the reader of its parameters.
+      tokenizer: fingerprint of the tokenizer that it was trained with; None where nobody knows.
     """
 
     name: str
     config: RetroConfig
     open: Callable[[], Callable[[str], Any]]
+    tokenizer: str | None = None
+
+    def check_tokenizer(self, fingerprint: str, owner: str) -> None:
+        """Raises UserError when the data `owner` was made with another tokenizer than the model was trained with."""
+        if self.tokenizer not in (None, fingerprint):
+            raise UserError(
+                f"{owner} was made with tokenizer {fingerprint}, init_from {self.name} was trained with "
+                f"{self.tokenizer}; make the data with the tokenizer of that run"
+            )
 
 
 def resolve(config: TrainConfig, base: RetroConfig) -> TrainConfig:
     """The run with the decoder of the model that it begins with.
 
     A baseline gets the retrieval that `config.model` describes, in every third layer from the sixth where it names
-    none. A RETRO keeps its own, and is trained further.
+    none; with `cca_gate` 0 it gets none then, and is trained further as it is. A RETRO keeps its own, and is trained
+    further.
 
     Raises:
       UserError: the model is too shallow for that rule.
@@ -62,8 +73,8 @@ def resolve(config: TrainConfig, base: RetroConfig) -> TrainConfig:
     changes = {name: getattr(config.model, name) for name in own}
     changes["lora_rank"] = base.lora_rank or config.model.lora_rank
     if base.is_baseline:
-        changes["cca_layers"] = config.model.cca_layers or every_third(base.num_layers)
-        if not changes["cca_layers"]:
+        changes["cca_layers"] = config.model.cca_layers or (every_third(base.num_layers) if config.cca_gate else ())
+        if config.cca_gate and not changes["cca_layers"]:
             raise UserError(f"init_from: a model of {base.num_layers} layers has no sixth; give model.cca_layers")
     return dataclasses.replace(config, model=dataclasses.replace(base, **changes))
 

@@ -39,9 +39,9 @@ def make_train_step(
 
     Returns:
       A jitted function. `batch` has tokens [B, T+1] int32 and, unless the model is a baseline, neighbours
-      [B, L, K, R] int32, both split over the batch axes. Metrics are float32 scalars: `loss` in nats per scored
-      token, `tokens` scored, `gradient_norm` before clipping, `bad` 1 when the step was skipped, `bad_in_a_row` and
-      `skipped` so far, this step included.
+      [B, L, K, R] int32 (with `data.prompt` [B, T] and [B, 1, K, R]), both split over the batch axes. Metrics are
+      float32 scalars: `loss` in nats per scored token, `tokens` scored, `gradient_norm` before clipping, `bad` 1 when
+      the step was skipped, `bad_in_a_row` and `skipped` so far, this step included.
 
     A batch of several micro-batches is computed in as many parts, whose sums of nats, of weights and of gradients are
     divided once, at the end.
@@ -51,8 +51,9 @@ def make_train_step(
         with rules.use(mesh):
             model = plan.merge(params)
             inputs, labels = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
-            hidden = model.hidden(inputs, batch.get("neighbours") if config.cca_gate else None)
-            weights = label_weights(labels, unscored=unscored)
+            neighbours = batch.get("neighbours") if config.cca_gate else None
+            hidden = model.hidden(inputs, neighbours, last_chunks=config.data.prompt > 0)
+            weights = label_weights(labels, unscored=unscored, prompt=config.data.unscored_prompt)
             each = token_nats(hidden, model.head_kernel(), labels, block=config.vocab_block)
             # A label that is PAD may have no row in the head, and no number then.
             return jnp.where(weights > 0, each * weights, 0).sum(), weights.sum()

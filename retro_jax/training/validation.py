@@ -54,8 +54,8 @@ class Validation:
             with rules.use(mesh):
                 model = plan.merge(params)
                 inputs, labels = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
-                hidden = model.hidden(inputs, batch.get("neighbours"))
-                weights = label_weights(labels, unscored=unscored)
+                hidden = model.hidden(inputs, batch.get("neighbours"), last_chunks=config.data.prompt > 0)
+                weights = label_weights(labels, unscored=unscored, prompt=config.data.unscored_prompt)
                 each = token_nats(hidden, model.head_kernel(), labels, block=config.vocab_block)
                 return jnp.where(weights > 0, each * weights, 0).sum(axis=1), weights.sum(axis=1)
 

@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retro_jax.data import shingles as shingles_module
-from retro_jax.data.shingles import BANDS, ROWS, band_keys, jaccard, shingles, words
+from retro_jax.data.shingles import BANDS, ROWS, band_keys, jaccard, shingles
+from retro_jax.data.words import words
 
 TEXTS = st.lists(st.sampled_from(["a", "B", "ab", "Über", "c\n", "漢字", "ไทย", "\u3000"]), max_size=30).map(" ".join)
 

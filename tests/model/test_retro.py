@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from small import SMALL, graph, inputs, logits, random_parameters
+from small import QUICK, SMALL, graph, inputs, logits, random_parameters
 
 import retro_jax
 from retro_jax.errors import UserError
@@ -55,6 +55,25 @@ def test_presets_take_changes_and_name_the_nearest_when_unknown():
 def test_wrong_shapes_are_named(tokens, neighbours, message):
     with pytest.raises(UserError, match=message):
         shaped(SMALL, tokens, neighbours)
+
+
+def test_neighbours_of_the_last_chunks_are_as_if_those_before_had_none():
+    config = dataclasses.replace(SMALL, num_layers=2, cca_layers=(1, 2), encoder_layers=1)
+    params = random_parameters(config)
+    tokens, neighbours = inputs(config, length=15)
+    tokens[1, :5] = config.pad_id
+
+    def of_last_chunks(params, tokens, neighbours):
+        model = nnx.merge(graph(config), params)
+        return model.logits(model.hidden(tokens, neighbours, last_chunks=True))
+
+    for chunks in (1, 2):
+        padded = neighbours.copy()
+        padded[:, : 3 - chunks] = config.pad_id
+        found = jax.jit(of_last_chunks, compiler_options=QUICK)(params, tokens, neighbours[:, 3 - chunks :])
+        np.testing.assert_allclose(found, logits(config, params, tokens, padded), atol=1e-12)
+    with pytest.raises(UserError, match=r"neighbours \(2, 4, 2, 8\) do not fit"):
+        jax.eval_shape(of_last_chunks, params, tokens, np.zeros((2, 4, 2, 8), np.int32))
 
 
 def test_wrong_dtypes_and_neighbours_for_a_baseline_are_refused():

@@ -158,6 +158,21 @@ def test_unfrozen_everything_is_trained_and_with_the_gate_shut_the_decoder_alone
     assert sum(counts) == sum(np.prod(leaf.shape) for leaf in layer_shapes(run.model).values())
 
 
+def test_with_the_gate_shut_a_baseline_stays_one_unless_layers_are_named():
+    shut = dataclasses.replace(RUN, unfreeze_decoder=True, cca_gate=0)
+    alone = resolve(dataclasses.replace(shut, model=dataclasses.replace(WANTED, cca_layers=())), BASE)
+    assert alone.model.is_baseline and (alone.model.width, alone.model.num_layers) == (BASE.width, BASE.num_layers)
+    assert resolve(shut, BASE).model.cca_layers == (1, 2)
+
+
+def test_data_of_another_tokenizer_than_the_bases_is_refused(base):
+    base.check_tokenizer("any", "data")
+    known = base._replace(tokenizer="0123")
+    known.check_tokenizer("0123", "data")
+    with pytest.raises(UserError, match="data was made with tokenizer 4567, init_from base was trained with 0123"):
+        known.check_tokenizer("4567", "data")
+
+
 def test_settings_that_do_not_go_together_are_refused(base):
     with pytest.raises(UserError, match="unfreeze_decoder goes with init_from"):
         TrainConfig(model=WANTED, unfreeze_decoder=True)
