@@ -1,6 +1,7 @@
 """Any model of this framework on disk, opened the same way: a run, one of its checkpoints, or an export."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -8,7 +9,7 @@ import jax
 from retro_jax.data.stage import file_sha256
 from retro_jax.errors import UserError
 from retro_jax.interop.huggingface import CONFIG, read_json
-from retro_jax.interop.pretrained import Pretrained, is_run, load_pretrained, open_pretrained
+from retro_jax.interop.pretrained import TOKENIZER_FILES, Pretrained, is_run, load_pretrained, open_pretrained
 from retro_jax.interop.tensors import require_no_file
 from retro_jax.model.parameters import layer_reader
 from retro_jax.training.retrofit import Base
@@ -42,12 +43,17 @@ def open_base(path: str | os.PathLike) -> Base:
     workdir, _ = _run(Path(path))
     if workdir is None:
         opened = open_pretrained(path)
-        return Base(str(path), opened.config, lambda: opened.read)
+        return Base(str(path), opened.config, lambda: opened.read, _fingerprints(Path(path), TOKENIZER_FILES))
     if jax.process_count() > 1:
         raise UserError(f"{path}: several processes cannot begin with a run; write it with launch/export.py first")
     config = load_config(workdir).model
-    tokenizer = file_sha256(workdir / TOKENIZER)[:16]
-    return Base(str(path), config, lambda: layer_reader(open_checkpoint(path).params, config), tokenizer)
+    tokenizers = _fingerprints(workdir, (TOKENIZER,))
+    return Base(str(path), config, lambda: layer_reader(open_checkpoint(path).params, config), tokenizers)
+
+
+def _fingerprints(directory: Path, names: Iterable[str]) -> tuple[str, ...]:
+    """As `Tokenizer.fingerprint`, of those that are there."""
+    return tuple(file_sha256(directory / name)[:16] for name in names if (directory / name).is_file())
 
 
 def _run(path: Path) -> tuple[Path | None, int | None]:

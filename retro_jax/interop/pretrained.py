@@ -25,7 +25,7 @@ from retro_jax.model.retro import Retro
 
 FORMAT, VERSION = "retro_jax", 1
 RETRIEVAL = "retrieval"  # beside a Hugging Face checkpoint: encoder and chunked cross-attention
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,4 +179,4 @@ def _with_ids(config: RetroConfig, tokenizer: Tokenizer) -> RetroConfig:
 
 
 def _tokenizer(path: Path) -> Tokenizer | None:
-    return next((Tokenizer(path / name) for name in _TOKENIZERS if (path / name).is_file()), None)
+    return next((Tokenizer(path / name) for name in TOKENIZER_FILES if (path / name).is_file()), None)

@@ -42,20 +42,20 @@ class Base(NamedTuple):
       name: where it is, for messages.
       config: of the model.
       open: loads it and gives the reader of its parameters.
-      tokenizer: fingerprint of the tokenizer that it was trained with; None where nobody knows.
+      tokenizers: fingerprints of the files of its tokenizer, one of which data must be made with; none where nobody knows.
     """
 
     name: str
     config: RetroConfig
     open: Callable[[], Callable[[str], Any]]
-    tokenizer: str | None = None
+    tokenizers: tuple[str, ...] = ()
 
     def check_tokenizer(self, fingerprint: str, owner: str) -> None:
         """Raises UserError when the data `owner` was made with another tokenizer than the model was trained with."""
-        if self.tokenizer not in (None, fingerprint):
+        if self.tokenizers and fingerprint not in self.tokenizers:
             raise UserError(
                 f"{owner} was made with tokenizer {fingerprint}, init_from {self.name} was trained with "
-                f"{self.tokenizer}; make the data with the tokenizer of that run"
+                f"{' or '.join(self.tokenizers)}; make the data with the tokenizer that lies there"
             )
 
 

@@ -15,6 +15,7 @@ from retro_jax.data.corpus import Corpus, build_corpus
 from retro_jax.data.sequences import SequenceSource, write_sequences
 from retro_jax.data.text import read_documents
 from retro_jax.data.tokenizer import Tokenizer
+from retro_jax.errors import UserError
 from retro_jax.interop.checkpoint import open_base, open_checkpoint
 from retro_jax.interop.export import export_huggingface
 from retro_jax.model import to_layers
@@ -88,6 +89,13 @@ def test_the_program_exports_and_refuses_what_is_there(base, tmp_path):
     assert found.config == source.config and found.context == source.context == T
     jax.tree.map(np.testing.assert_array_equal, found.params, source.params)
     assert found.tokenizer.fingerprint == source.tokenizer.fingerprint
+
+
+def test_data_made_with_another_tokenizer_of_the_same_size_are_refused(base, sequences):
+    opened = open_base(base)
+    opened.check_tokenizer(SequenceSource(sequences).tokenizer_fingerprint, "data")
+    with pytest.raises(UserError, match="data was made with tokenizer 0123"):
+        opened.check_tokenizer("0123", "data")
 
 
 @pytest.mark.slow

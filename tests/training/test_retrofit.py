@@ -167,9 +167,9 @@ def test_with_the_gate_shut_a_baseline_stays_one_unless_layers_are_named():
 
 def test_data_of_another_tokenizer_than_the_bases_is_refused(base):
     base.check_tokenizer("any", "data")
-    known = base._replace(tokenizer="0123")
-    known.check_tokenizer("0123", "data")
-    with pytest.raises(UserError, match="data was made with tokenizer 4567, init_from base was trained with 0123"):
+    known = base._replace(tokenizers=("0123", "89ab"))
+    known.check_tokenizer("89ab", "data")
+    with pytest.raises(UserError, match="data was made with tokenizer 4567, init_from base was trained with 0123 or 89ab"):
         known.check_tokenizer("4567", "data")
 
 
