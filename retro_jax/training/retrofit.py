@@ -42,7 +42,7 @@ class Base(NamedTuple):
       name: where it is, for messages.
       config: of the model.
       open: loads it and gives the reader of its parameters.
-      tokenizers: fingerprints of the files of its tokenizer, one of which data must be made with; none where nobody knows.
+      tokenizers: fingerprints of its tokenizer's files, one of which data must be made with; none where nobody knows.
     """
 
     name: str
