@@ -24,11 +24,6 @@ R = 2 * M
 LAYOUT = RowLayout(5, 2, 1, M, R)  # RETRO++: a passage in the prompt, the others as neighbours
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick(quick_compilation):
-    """For all tests of this file."""
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A RETRO of random parameters, large enough that logits differ."""

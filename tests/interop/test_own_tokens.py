@@ -42,11 +42,6 @@ RETRO = dataclasses.replace(LLAMA, vocab_size=289, pad_id=PAD, bos_id=END, eos_i
 TEXT = "What looks like <|endoftext|> is text, said the 日本 reader."
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick(quick_compilation):
-    """For all tests of this file."""
-
-
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     return byte_level_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.json")

@@ -24,11 +24,6 @@ P, T = CHUNKS * M, CHUNKS * M + M
 PAD, BOS, EOS = 0, 1, 2
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick(quick_compilation):
-    """For all tests of this file."""
-
-
 def example(seed, prompt, answer):
     """Features of a sequence with so many tokens in prompt and answer, as `write_answers` lays them out."""
     generator = np.random.default_rng(seed)
