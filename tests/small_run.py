@@ -132,6 +132,16 @@ def run_program(name: str, *flags: str, timeout: float = 300, **options: object)
     return process.returncode, stdout, stderr
 
 
+def run_script(script: str, cwd: Path, **environment: str) -> str:
+    """Runs commands of a page in bash, one after the other, with this Python; what they print, all having succeeded."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    variables = {**os.environ, "PATH": path, "JAX_NUM_CPU_DEVICES": "1", **environment}
+    shell = ["bash", "-euo", "pipefail", "-c", script]
+    result = subprocess.run(shell, cwd=cwd, env=variables, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
 def error_line(name: str, *flags: str, **options: object) -> str:
     """Runs a program that must fail as a user's mistake does, and gives its one line."""
     status, _, stderr = run_program(name, *flags, **options)

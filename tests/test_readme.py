@@ -2,14 +2,10 @@
 
 import dataclasses
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-from small_run import ROOT, SAMPLE
+from small_run import ROOT, SAMPLE, run_script
 
 from retro_jax.config import RetroConfig
 
@@ -67,23 +63,10 @@ def test_the_commands_for_your_own_corpus_work_in_order(checkout):
     (script,) = blocks("bash")
     # The sample is too small for a vocabulary of 8,192.
     commands = script.replace("--vocab_size=8192", "--vocab_size=800")
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "JAX_NUM_CPU_DEVICES": "1",
-    }
-    result = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", commands],
-        cwd=checkout,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    modes = [line.split()[2] for line in result.stdout.splitlines() if line.startswith("runs/") and "%" in line]
+    stdout = run_script(commands, checkout)
+    modes = [line.split()[2] for line in stdout.splitlines() if line.startswith("runs/") and "%" in line]
     assert modes == ["baseline", "off", "on", "shuffled"]
-    assert "The history of" in result.stdout
+    assert "The history of" in stdout
 
 
 def test_the_python_example_works():

@@ -2,15 +2,11 @@
 
 import dataclasses
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from small_models import LLAMA, byte_level_tokenizer, pretrained
-from small_run import ROOT, SAMPLE
+from small_run import ROOT, SAMPLE, run_script
 
 import retro_jax
 from retro_jax.interop.export import export_huggingface
@@ -46,14 +42,7 @@ def test_the_commands_of_the_readme_retrofit_a_model(tmp_path, embedder_director
     assert len(commands) == 8
     small = " ".join(f"--{name}={value}" for name, value in SMALL.items())
     script = "\n".join(f"{command} {small}" if "launch/train.py" in command else command for command in commands)
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "JAX_NUM_CPU_DEVICES": "1",
-    }
-    shell = ["bash", "-euo", "pipefail", "-c", script]
-    result = subprocess.run(shell, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "step 2: loss" in result.stdout
+    stdout = run_script(script, tmp_path)
+    assert "step 2: loss" in stdout
     for name in ("fit-hf", "fit-safetensors"):
         assert retro_jax.load_pretrained(tmp_path / "exports" / name).config.cca_layers == (2, 3)

@@ -1,15 +1,11 @@
 """The recipe of planted facts does what its docstring and the README say, by the commands that stand there."""
 
-import os
 import re
 import runpy
-import subprocess
-import sys
 import textwrap
-from pathlib import Path
 
 import pytest
-from small_run import ROOT
+from small_run import ROOT, run_script
 
 RECIPE = ROOT / "experiments" / "planted.py"
 
@@ -24,17 +20,9 @@ def test_facts_of_people_never_trained_on_are_looked_up_and_come_and_go_with_the
     for name in ("tools", "launch", "experiments"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "embedder").symlink_to(embedder_directory)
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "JAX_NUM_CPU_DEVICES": "1",
-    }
 
     def shell(script: str) -> str:
-        command = ["bash", "-euo", "pipefail", "-c", script]
-        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-        assert result.returncode == 0, result.stderr[-3000:]
-        return result.stdout
+        return run_script(script, tmp_path)
 
     lines = runpy.run_path(str(RECIPE))["__doc__"].splitlines()
     commands = textwrap.dedent("\n".join(line for line in lines if line.startswith("    ")))

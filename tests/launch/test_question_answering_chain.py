@@ -1,14 +1,11 @@
 """The chain of question answering from text to table, and the commands of its page."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from small_run import ROOT, SAMPLE, error_line, run_program
+from small_run import ROOT, SAMPLE, error_line, run_program, run_script
 
 from retro_jax.data.text import read_documents
 
@@ -75,13 +72,6 @@ def test_every_arm_is_in_the_table_and_the_commands_of_the_page_work(tmp_path, e
         (tmp_path / f"{kind}.jsonl").symlink_to(tmp_path / f"small.{kind}.jsonl")
     (script,) = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "question-answering.md").read_text(), re.DOTALL)
     script = script.replace("question_answering.py:small", "question_answering.py:trial").replace("400", "20")
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "JAX_NUM_CPU_DEVICES": "1",
-    }
-    shell = ["bash", "-euo", "pipefail", "-c", script]
-    result = subprocess.run(shell, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "most exact matches at step" in result.stdout
+    stdout = run_script(script, tmp_path)
+    assert "most exact matches at step" in stdout
     assert len(json.loads((tmp_path / "answers.json").read_text())["results"]) == 1
