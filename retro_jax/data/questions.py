@@ -10,7 +10,6 @@ JSON lines, or one JSON list (Izacard and Grave 2021), plain or gzipped; an obje
 """
 
 import dataclasses
-import gzip
 import json
 import os
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from retro_jax.data.text import read_lines
 from retro_jax.errors import UserError
 
 PARTS = ("train", "dev", "test")
@@ -77,12 +77,12 @@ def read_questions(path: str | os.PathLike, *, passages: bool = True) -> Iterato
     """Gives the questions of a file in order; JSON lines are held one at a time.
 
     Args:
-      path: .json, .jsonl, and either with .gz.
+      path: .json, .jsonl, and either with .gz or .zst.
       passages: `ctxs` is required; without, it is not looked at.
 
     Raises:
-      UserError: naming file and line or place in the list: not JSON, a field missing or of another kind, an empty
-        question, no answer; or no question in the file.
+      UserError: naming file and line or place in the list: no such file, a damaged compressed one, not JSON, a field
+        missing or of another kind, an empty question, no answer; or no question in the file.
     """
     path, number = Path(path), -1
     for number, (place, row) in enumerate(_rows(path)):
@@ -114,27 +114,19 @@ class _BadQuestionError(Exception):
 
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Place, for messages, and value of every question."""
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            first = file.readline()
-            if first.lstrip()[:1] == b"[":
-                rows = _parsed(first + file.read(), f"{path}")
-                yield from ((f": question {number}", row) for number, row in enumerate(rows, start=1))
-                return
-            number = 0
-            while first:
-                number += 1
-                if first.strip():
-                    yield f":{number}", _parsed(first, f"{path}:{number}")
-                first = file.readline()
-    except (gzip.BadGzipFile, EOFError):
-        raise UserError(f"{path}: not a whole gzip file") from None
+    lines = read_lines(path)
+    for number, line in lines:
+        if number == 1 and line.lstrip()[:1] == b"[":
+            rows = _parsed(line + b"".join(rest for _, rest in lines), f"{path}")
+            yield from ((f": question {place}", row) for place, row in enumerate(rows, start=1))
+        elif line.strip():
+            yield f":{number}", _parsed(line, f"{path}:{number}")
 
 
 def _parsed(text: bytes, place: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: not JSON ({' '.join(str(error).split())})") from None
 
 

@@ -134,6 +134,23 @@ def read_documents(
             counts.position = finished
 
 
+def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
+    """Gives the lines of a file, plain, .gz or .zst, with their numbers from 1, without a byte order mark.
+
+    Raises:
+      UserError: no such file, or a damaged compressed one.
+    """
+    path, number = Path(path), 0
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    with open(path, "rb") as raw:
+        try:
+            for number, line in enumerate(_lines(_decompressed(raw, path)), start=1):
+                yield number, line.removeprefix(_BOM) if number == 1 else line
+        except _BadLineError as error:
+            raise UserError(f"{path}:{number + 1}: {error}") from None
+
+
 def common_root(paths: Sequence[Path]) -> Path:
     """The deepest directory that holds all the files."""
     return Path(os.path.commonpath([path.absolute().parent for path in paths])) if paths else Path(".")

@@ -4,6 +4,7 @@ import gzip
 import json
 
 import pytest
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -82,9 +83,28 @@ def test_a_file_without_questions_is_refused(tmp_path, data, message):
     path.write_bytes(data)
     with pytest.raises(UserError, match=message):
         list(read_questions(path))
-    (tmp_path / "q.jsonl.gz").write_bytes(gzip.compress(b"x" * 100)[:20])
-    with pytest.raises(UserError, match="not a whole gzip file"):
-        list(read_questions(tmp_path / "q.jsonl.gz"))
+
+
+def test_a_damaged_or_missing_file_is_named_in_one_line(tmp_path):
+    path = tmp_path / "q.jsonl.gz"
+    with pytest.raises(UserError, match=f"{path}: no such file"):
+        list(read_questions(path))
+    whole = gzip.compress(json.dumps(GOOD).encode() * 50)
+    for damaged in (whole[:20], whole[:30] + b"\xff" * 9 + whole[39:], b"no gzip"):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=f"{path}:1: the compressed file is damaged from here on"):
+            list(read_questions(path))
+    (tmp_path / "deep.jsonl").write_text("[" * 200_000)
+    with pytest.raises(UserError, match=r"deep\.jsonl: not JSON"):
+        list(read_questions(tmp_path / "deep.jsonl"))
+
+
+def test_a_byte_order_mark_and_zstandard_are_read(tmp_path):
+    line = b"\xef\xbb\xbf" + json.dumps(GOOD).encode()
+    (tmp_path / "q.jsonl").write_bytes(line)
+    (tmp_path / "q.jsonl.zst").write_bytes(zstandard.compress(line))
+    first, second = (list(read_questions(tmp_path / name)) for name in ("q.jsonl", "q.jsonl.zst"))
+    assert first == second and first[0].question == GOOD["question"]
 
 
 @given(st.text(min_size=1), st.floats(0, 0.5), st.floats(0, 0.5))
