@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from retro_jax.errors import UserError
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu": lambda x: 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5)),  # jax.nn.gelu takes erfc: three times as long on a CPU
     "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
@@ -168,7 +168,8 @@ class Bert(nnx.Module):
         def block(x: jax.Array, parameters: nnx.State) -> tuple[jax.Array, None]:
             return nnx.merge(graph, parameters)(x, key_bias), None
 
-        return jax.lax.scan(block, x, stacked)[0]
+        # A loop over layers copies each layer's weights before it multiplies by them: a fifth of the time of a CPU.
+        return jax.lax.scan(block, x, stacked, unroll=jax.default_backend() == "cpu")[0]
 
 
 def load_bert(directory: str | os.PathLike) -> Bert:
