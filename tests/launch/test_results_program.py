@@ -31,7 +31,8 @@ elif here.stem == "evaluate":
     output.mkdir(parents=True, exist_ok=True)
     rows = [{"label": name, "completions": {"natural": {"accuracy": 0.5}}} for name in ("baseline", "retro-on")]
     differences = [{"part": "source", "name": "books", "units": 2}]
-    (output / "results.json").write_text(json.dumps({"sets": [{"name": "x", "rows": rows, "differences": differences}]}))
+    results = {"sets": [{"name": "x", "rows": rows, "differences": differences}]}
+    (output / "results.json").write_text(json.dumps(results))
     (output / "results.md").write_text("# Evaluation\\n\\nfigures\\n")
 elif output.suffix == ".jsonl":
     output.parent.mkdir(parents=True, exist_ok=True)
