@@ -4,8 +4,8 @@
     python launch/train.py --config=experiments/results.py:small-baseline --workdir=results/baseline
 
 Hardware: `small` is for two CPU cores, `large` for one GPU; `trial` only shows that everything runs. launch/results.py
-makes the data first. A step of `small` is 53 GFLOP of the baseline and 100 of the RETRO, so half an hour to an hour for
-both is reckoned with, not measured.
+makes the data first. A step of `small` is 53 GFLOP of the baseline and 100 of the RETRO: about an hour for both is
+reckoned with, not measured.
 """
 
 import ml_collections

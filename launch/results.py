@@ -292,6 +292,9 @@ def _planted(pipeline: Pipeline, work: Path, embedder: Path | str, size: Size) -
         database=register,
         embedder=embedder,
         sets=work / "questions",
+        sweeps=(),
+        steps=(),
+        methods=(),
         output=work / "report",
     )
 

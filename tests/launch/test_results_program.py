@@ -13,6 +13,8 @@ import pytest
 from small_run import ROOT, SAMPLE, error_line, program, run_program
 from tiny_bert import write_tiny_bert
 
+from retro_jax.evaluation import bootstrap
+
 # Notes its flags and leaves what the next step looks at.
 STAND_IN = """
 import json, sys
@@ -111,7 +113,7 @@ def test_every_program_gets_its_files_and_what_comes_of_it_is_published(tmp_path
     provenance = json.loads((checkout / "page" / "provenance.json").read_text())
     assert len(provenance["stages"]) == len(calls) and str(tmp_path) not in json.dumps(provenance)
     assert {"corpus/train-0.jsonl", "wikitext/valid.txt", "results/valid/documents.jsonl"} <= provenance["text"].keys()
-    assert set(provenance["seeds"].values()) == {0}
+    assert set(provenance["seeds"].values()) == {0} and provenance["seeds"]["bootstrap"] == bootstrap._SEED
     seeded = [flags for name, flags in calls if name in ("train_tokenizer", "write_sequences", "make_planted_text")]
     assert len(seeded) == 5 and all(flags["seed"] == "0" for flags in seeded)
 
