@@ -16,7 +16,7 @@ The collections (`domain`) that `small` takes are named in retro_jax/result_size
 Every step is a program of tools/ or launch/, run with the command that is printed; after an interruption the same
 command goes on where it stopped. The last step is a corpus of planted facts (tools/make_planted_text.py), which shows
 whether the model looks up what it cannot know. With --publish tables and plots, commands, seeds, versions, machine and
-checksums are put into a folder of small files (up to 2 MB each), which is replaced as a whole.
+checksums are put into a folder of small files (up to 4 MB each), which is replaced as a whole.
 """
 
 import json
@@ -43,7 +43,7 @@ _TEXT = """\
 RETRO and the same decoder without retrieval, the baseline, were trained on the same {documents:,} documents of
 {bytes:,} bytes. These are the database too, {chunks:,} chunks; in training no chunk retrieves from its own document. ON
 reads the database, OFF is the same RETRO without it, and shuffled gives every chunk the neighbours of another
-document's. Held-out documents and database are of the collections"""
+document's. Held-out documents and database are of"""
 _PLANTED = """\
 ## Planted facts
 
@@ -343,21 +343,24 @@ def _publish(pipeline: Pipeline, work: Path, data: Path, inputs: dict[str, list[
     text = {str(path.relative_to(data)): path for paths in inputs.values() for path in paths}
     text |= {f"{work.name}/{path.relative_to(work)}": path for path in sorted(work.glob("*/documents*.jsonl"))}
     seeds = dict.fromkeys(("tokenizers", "order of sequences", "parameters", "planted people", "bootstrap"), SEED)
-    size = SIZES[_SIZE.value]
-    more = f"; held-out documents also of {', '.join(size.more_domains)}" if size.more_domains else ""
+    size, target = SIZES[_SIZE.value], Path(_PUBLISH.value)
+    collections = "all collections" if "*" in size.domains else f"the collections {', '.join(size.domains)}"
+    if size.more_domains:
+        collections += f"; held-out documents also of {', '.join(size.more_domains)}"
+    paths = {data: "FOLDER", work: work.name, target: target.name, Path(_EMBEDDER.value or ""): "EMBEDDER"}
     listed = "\n".join(f"- {value}" for value in found)
     publish(
-        Path(_PUBLISH.value),
+        target,
         {"text": work / "report", "planted": work / "planted" / "report"},
         title=f"Results: {_SIZE.value}",
         introduction={
-            "text": f"{_TEXT.format(**_counts(work / 'database'))} {', '.join(size.domains)}{more}.",
+            "text": f"{_TEXT.format(**_counts(work / 'database'))} {collections}.",
             "planted": f"{_PLANTED.format(**_counts(work / 'planted' / 'train'))}\n\n{listed}",
         },
         provenance=pipeline.provenance(text=text, seeds=seeds),
-        spelling={str(path): name for path, name in ((data, "FOLDER"), (work, work.name)) if path.is_absolute()},
+        spelling={str(path): name for path, name in paths.items() if path.is_absolute()},
     )
-    print(f"published: {Path(_PUBLISH.value) / 'README.md'}")
+    print(f"published: {target / 'README.md'}")
 
 
 def _counts(directory: Path) -> dict[str, int]:

@@ -19,7 +19,7 @@ from retro_jax.data.stage import TEMPORARY, write_json
 from retro_jax.errors import UserError
 from retro_jax.evaluation.bootstrap import FEWEST_UNITS
 
-LIMIT_BYTES = 2_000_000
+LIMIT_BYTES = 4_000_000
 PROVENANCE = "provenance.json"
 _FILES = ("results.json", "results.html", "plots/*.svg")
 _TABLES = "results.md"

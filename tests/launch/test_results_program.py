@@ -51,7 +51,8 @@ def write_text(folder: Path) -> None:
     """A folder of text as the program wants it, out of the sample; two files of everything that may be several."""
     documents = [json.loads(line) for line in SAMPLE.read_text(encoding="utf-8").splitlines()]
     documents = [document for document in documents if document["language"] == "en"]
-    train, valid = documents[10:], documents[:10]
+    valid = documents[::4]
+    train = [document for document in documents if document not in valid]
     copies = [{**one, "id": f"copy-{one['id']}", "text": one["text"][200:], "train_id": one["id"]} for one in train[:6]]
     for number in range(2):
         write_lines(folder / "corpus" / f"train-{number}.jsonl", train[number::2])
@@ -150,7 +151,8 @@ def test_all_results_of_a_little_text_are_the_same_after_a_kill(tmp_path):
         "lambada",
     ]
     page, provenance = (tmp_path / "page" / name for name in ("README.md", "provenance.json"))
-    assert "](text/plots/gain.svg)" in page.read_text() and str(tmp_path / "text") not in page.read_text()
+    assert "](text/plots/gain.svg)" in page.read_text() and str(tmp_path) not in page.read_text()
+    assert "valid, books (" in page.read_text()
     told = json.loads(provenance.read_text())
     stages = [record["stage"] for record in json.loads((killed / "stages.json").read_text())]
     assert [stage["stage"] for stage in told["stages"]] == stages
