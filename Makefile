@@ -7,16 +7,18 @@ READY  := $(VENV)/.ready
 INTEROP := $(VENV)/.interop
 WORKERS ?= 2
 SIZE    ?= small
-RESULTS ?= results
+RESULTS ?= results$(if $(filter-out small,$(SIZE)),-$(SIZE))
+PUBLISH ?= $(if $(filter-out trial,$(SIZE)),docs/$(notdir $(RESULTS)))
 
 .PHONY: demo results test test-all lint bench clean
 
 demo: $(READY)
 	$(BIN)/python launch/demo.py --workdir=demo
 
-# DATA=FOLDER with the text that launch/results.py describes; SIZE=large for one GPU.
+# DATA=FOLDER with the text that launch/results.py describes; SIZE=large for one GPU, whose JAX the README says how to
+# install. Each size has a directory of its own; tables and plots go to docs/.
 results: $(READY)
-	$(BIN)/python launch/results.py --data="$(DATA)" --workdir="$(RESULTS)" --size="$(SIZE)"
+	$(BIN)/python launch/results.py --data="$(DATA)" --workdir="$(RESULTS)" --size="$(SIZE)" --publish="$(PUBLISH)"
 
 test: $(READY) $(INTEROP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal -m "not slow"

@@ -10,6 +10,7 @@ import pytest
 from retro_jax.config import TrainConfig, from_config_dict
 from retro_jax.errors import UserError
 from retro_jax.model.parameters import matrix_parameters
+from retro_jax.result_sizes import SIZES
 from retro_jax.training.optimizer import learning_rate
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
@@ -108,3 +109,18 @@ def test_the_fine_tuning_on_questions_has_the_papers_settings_and_a_decoder_alon
     assert alone.model.is_baseline and alone.cca_gate == 0 and alone.unfreeze_decoder
     with pytest.raises(UserError, match="did you mean 'small'"):
         recipe("question_answering.py", "smal-decoder")
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_every_size_of_the_results_has_two_recipes_that_fit_its_data_and_its_evaluation(name):
+    size, retro, baseline = SIZES[name], recipe("results.py", name), recipe("results.py", f"{name}-baseline")
+    assert baseline.model.is_baseline and dataclasses.replace(baseline, model=retro.model) == retro
+    assert dataclasses.replace(retro.model, cca_layers=()) == baseline.model
+    assert retro.model.vocab_size == size.vocab_size and size.length % retro.model.chunk_length == 0
+    assert retro.data.neighbours <= 2  # as many as the sequences have
+    learning_rate(retro.optimizer, retro.steps)
+    assert all(step % retro.checkpoint.keep_every == 0 and step < retro.steps for step in size.steps)
+    planted = recipe("planted.py")
+    learning_rate(planted.optimizer, size.planted_steps)
+    with pytest.raises(UserError, match=f"did you mean '{name}'"):
+        recipe("results.py", name[:-1])

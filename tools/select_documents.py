@@ -4,11 +4,11 @@
         --always=corpus/redundant.jsonl.gz --output=train.jsonl
 
 Documents come in the order of a hash of their id. With --bytes each next one is of the source that has the fewest bytes
-so far, until there are so many bytes; so all sources that have enough get equal shares.
+so far, until there are so many bytes; so all sources that have enough get equal shares. With --files=9 they are dealt
+to train-00000-of-00009.jsonl and so on: one file is what the later stages finish at a time.
 """
 
 import fnmatch
-import gzip
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -17,8 +17,8 @@ from pathlib import Path
 from absl import flags
 
 from retro_jax import program
-from retro_jax.data.stage import atomic_write
-from retro_jax.data.text import Document, expand_inputs, read_documents
+from retro_jax.data.stage import atomic_write, shard_name
+from retro_jax.data.text import Document, expand_inputs, read_documents, read_lines
 from retro_jax.errors import UserError
 
 _INPUT = flags.DEFINE_list("input", None, "Files of documents; glob patterns are expanded.", required=True)
@@ -29,11 +29,13 @@ _DOMAINS = flags.DEFINE_list("domains", ["*"], "Patterns of domains to choose fr
 _MAX_CHARACTERS = flags.DEFINE_integer(
     "max_characters", None, "Longer documents end with the last paragraph before this.", lower_bound=100
 )
-_ALWAYS = flags.DEFINE_string("always", None, "JSON lines whose `train_id`s are chosen in any case.")
+_ALWAYS = flags.DEFINE_list("always", [], "Files of JSON lines whose `train_id`s are chosen in any case.")
+_FILES = flags.DEFINE_integer("files", 1, "Files to deal the documents to, numbered.", lower_bound=1)
 
 
 def main() -> None:
-    always = set(_named(Path(_ALWAYS.value))) if _ALWAYS.value else set()
+    naming = expand_inputs(_ALWAYS.value) if _ALWAYS.value else []
+    always = {name for path in naming for name in _named(path)}
     documents = []
     for document in read_documents(expand_inputs(_INPUT.value)):
         wanted = _matches(document, "language", _LANGUAGES.value) and _matches(document, "domain", _DOMAINS.value)
@@ -41,15 +43,20 @@ def main() -> None:
             documents.append(document)
     missing = always - {document.id for document in documents}
     if missing:
-        raise UserError(f"{_ALWAYS.value}: {len(missing)} documents are not in --input, {sorted(missing)[0]!r} for one")
+        raise UserError(f"--always: {len(missing)} documents are not in --input, {sorted(missing)[0]!r} for one")
+    if not documents:
+        raise UserError(f"--input: no document of these languages and domains in {', '.join(_INPUT.value)}")
     texts = {document.id: _shortened(document.text) for document in documents}
     chosen = choose(documents, {name: len(text.encode()) for name, text in texts.items()}, always, _BYTES.value)
-    path = Path(_OUTPUT.value)
-    with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        for one in chosen:
-            row = {"id": one.id, "group": one.group, **one.metadata, "text": texts[one.id]}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    print(f"{path}: {len(chosen):,} documents, {sum(len(texts[one.id].encode()) for one in chosen):,} bytes")
+    path, count = Path(_OUTPUT.value), _FILES.value
+    for number in range(count):
+        name = path.name if count == 1 else shard_name(path.stem, number, count, path.suffix)
+        with atomic_write(path.with_name(name)) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            for one in chosen[number::count]:
+                row = {"id": one.id, "group": one.group, **one.metadata, "text": texts[one.id]}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    files = f" in {count} files" if count > 1 else ""
+    print(f"{path}: {len(chosen):,} documents, {sum(len(texts[one.id].encode()) for one in chosen):,} bytes{files}")
 
 
 def choose(
@@ -100,14 +107,16 @@ def _shortened(text: str) -> str:
 
 
 def _named(path: Path) -> Iterator[str]:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
-        for line in file:
-            row = json.loads(line)
-            if "train_id" not in row:
-                raise UserError(f"{path}: a line has no train_id")
-            yield row["train_id"]
+    for number, line in read_lines(path):
+        if not line.strip():
+            continue
+        try:
+            name = json.loads(line)["train_id"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            name = None
+        if not isinstance(name, str):
+            raise UserError(f"{path}:{number}: not an object with a train_id")
+        yield name
 
 
 if __name__ == "__main__":
