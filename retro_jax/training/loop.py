@@ -125,7 +125,7 @@ def train(
         resources.enter_context(_named_memory())
         if primary:
             resources.enter_context(claim_workdir(workdir))
-            open_workdir(workdir, config, sources[0].tokenizer_path)
+            open_workdir(workdir, config, sources[0].tokenizer_path, base and base.settings)
             (workdir / SHARDINGS).write_text(table + "\n", encoding="utf-8")
         hosts.agree(0, "workdir")
         checkpoints = resources.enter_context(Checkpoints(workdir / CHECKPOINTS, config.checkpoint))

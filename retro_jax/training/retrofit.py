@@ -6,7 +6,8 @@ cross-attention begin at 0, so that the first step of RETRO[ON] is that model to
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -43,12 +44,14 @@ class Base(NamedTuple):
       config: of the model.
       open: loads it and gives the reader of its parameters.
       tokenizers: fingerprints of its tokenizer's files, one of which data must be made with; none where nobody knows.
+      settings: what it says of its context and special tokens, kept for exports of the run.
     """
 
     name: str
     config: RetroConfig
     open: Callable[[], Callable[[str], Any]]
     tokenizers: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = MappingProxyType({})
 
     def check_tokenizer(self, fingerprint: str, owner: str) -> None:
         """Raises UserError when the data `owner` was made with another tokenizer than the model was trained with."""

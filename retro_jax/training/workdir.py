@@ -2,7 +2,9 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from retro_jax.config import TrainConfig, from_dict, to_dict
 from retro_jax.data.stage import TEMPORARY, atomic_write, file_sha256, write_json
@@ -14,6 +16,7 @@ SHARDINGS = "shardings.txt"  # how the parameters lie on the mesh of the last st
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer.model"
 WENT_BACK = "went_back.json"
+BASE = "base.json"  # what the model that the run began with says of its context and special tokens
 
 # Settings that change no number of the run beyond the last digits, so that a resumed run may have others: where and in
 # which order the same sums are computed, what is kept, what is looked at besides. Sequences may have moved: their
@@ -46,7 +49,9 @@ def claim_workdir(workdir: str | os.PathLike) -> DirectoryLock:
     return DirectoryLock(workdir, "wait for that run, stop it, or give another --workdir")
 
 
-def open_workdir(workdir: str | os.PathLike, config: TrainConfig, tokenizer: Path) -> Path:
+def open_workdir(
+    workdir: str | os.PathLike, config: TrainConfig, tokenizer: Path, base_settings: Mapping[str, Any] | None = None
+) -> Path:
     """Creates the directory, or checks that it belongs to this very configuration, and records what the run is.
 
     Args:
@@ -54,6 +59,7 @@ def open_workdir(workdir: str | os.PathLike, config: TrainConfig, tokenizer: Pat
       config: the run.
       tokenizer: SentencePiece model its data was made with; copied, so that the run can be evaluated and sampled
         when its data is gone.
+      base_settings: of the model that the run begins with, where it begins with one; an export has them again.
 
     Raises:
       UserError: it holds another run (each differing setting is named), or other files.
@@ -78,6 +84,8 @@ def open_workdir(workdir: str | os.PathLike, config: TrainConfig, tokenizer: Pat
     elif file_sha256(workdir / TOKENIZER) != file_sha256(tokenizer):
         raise UserError(f"{workdir} was begun with another tokenizer than {tokenizer}; give another --workdir")
     write_json(workdir / CONFIG, to_dict(config))
+    if base_settings:
+        write_json(workdir / BASE, dict(base_settings))
     return workdir
 
 

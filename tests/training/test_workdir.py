@@ -1,12 +1,13 @@
 """A workdir belongs to one run, whatever moment its first start was killed at."""
 
 import dataclasses
+import json
 
 import pytest
 
 from retro_jax.config import CheckpointConfig, DataConfig, RetroConfig, StabilityConfig, TrainConfig, ValidationConfig
 from retro_jax.errors import UserError
-from retro_jax.training.workdir import CONFIG, TOKENIZER, claim_workdir, load_config, open_workdir
+from retro_jax.training.workdir import BASE, CONFIG, TOKENIZER, claim_workdir, load_config, open_workdir
 
 MODEL = RetroConfig(vocab_size=64, width=8, num_layers=1, num_heads=1, head_size=8, ffw_width=8)
 RUN = TrainConfig(model=MODEL, data=DataConfig(sequences=("a",)))
@@ -23,6 +24,13 @@ def test_the_configuration_is_kept_and_found_again(tmp_path, tokenizer):
     open_workdir(tmp_path / "run", RUN, tokenizer)
     assert load_config(tmp_path / "run") == RUN
     assert (tmp_path / "run" / TOKENIZER).read_bytes() == b"model"
+    assert not (tmp_path / "run" / BASE).exists()
+
+
+def test_what_is_known_of_the_base_is_kept_by_every_start(tmp_path, tokenizer):
+    for settings in ({"eos_token_id": [1, 2]}, {"eos_token_id": 3}):
+        open_workdir(tmp_path / "run", RUN, tokenizer, settings)
+        assert json.loads((tmp_path / "run" / BASE).read_text()) == settings
 
 
 @pytest.mark.parametrize("left", [[], [TOKENIZER], [TOKENIZER, f".tmp-77-{CONFIG}"], [f".tmp-77-{TOKENIZER}"]])
