@@ -66,6 +66,15 @@ def layer_reader(params: nnx.State, config: RetroConfig) -> Callable[[str], Any]
     return read
 
 
+def layer_places(config: RetroConfig) -> dict[str, tuple[Path, int | None]]:
+    """Of each name of `to_layers` the path of its array in the flat state, and the index along a stacked axis or None.
+
+    In the order of `layer_shapes`: the names of one array follow one another.
+    """
+    paths = (path for path, _ in nnx.to_flat_state(abstract_parameters(config)))
+    return {name: (path, index) for path in paths for name, index in _names(path, config)}
+
+
 def layer_shapes(config: RetroConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Name, shape and dtype of everything that `to_layers` gives for this configuration."""
     return dict(_layer_shapes(config))

@@ -8,8 +8,9 @@ cross-attention begin at 0, so that the first step of RETRO[ON] is that model to
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,15 +52,17 @@ class Base(NamedTuple):
       config: of the model.
       open: gives the reader of its parameters; None of a model that is there no more (`known_base`).
       tokenizers: fingerprints of its tokenizer's files, one of which data must be made with; none where nobody knows.
+      settings: what it says of its context and special tokens, kept for exports of the run.
     """
 
     name: str
     config: RetroConfig
     open: Callable[[], Callable[[str], Any]] | None
     tokenizers: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = MappingProxyType({})
 
     def record(self) -> dict[str, Any] | None:
-        """What a run keeps of it: name, configuration and fingerprint; None when it is there no more.
+        """What a run keeps of it: name, configuration, settings, fingerprint; None when it is there no more.
 
         The fingerprint is of the last layer of every kind of parameter: training changes it, and of a large model it
         is read in a moment.
@@ -70,7 +73,12 @@ class Base(NamedTuple):
         layers = sorted((name.split(".") for name in layer_shapes(self.config) if ".layers." in name), key=_layer)
         for name in {(*parts[:2], *parts[3:]): ".".join(parts) for parts in layers}.values():
             digest.update(np.asarray(read(name), np.float32).tobytes())
-        return {"init_from": self.name, "model": to_dict(self.config), "fingerprint": digest.hexdigest()[:16]}
+        return {
+            "init_from": self.name,
+            "model": to_dict(self.config),
+            "settings": dict(self.settings),
+            "fingerprint": digest.hexdigest()[:16],
+        }
 
     def check_tokenizer(self, fingerprint: str, owner: str) -> None:
         """Raises UserError when the data `owner` was made with another tokenizer than the model was trained with."""

@@ -97,9 +97,16 @@ def open_workdir(
 
 
 def begun_with(workdir: str | os.PathLike) -> dict[str, Any] | None:
-    """`retrofit.Base.record` of the model that the run of this directory began with, or None."""
+    """`retrofit.Base.record` of the model that the run of this directory began with, or None.
+
+    Raises:
+      UserError: it is not readable.
+    """
     path = Path(workdir) / BASE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); the model that the run began with cannot be told") from None
 
 
 def load_config(workdir: str | os.PathLike) -> TrainConfig:

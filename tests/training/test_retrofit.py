@@ -2,6 +2,8 @@
 
 import dataclasses
 import gc
+import itertools
+import re
 import shutil
 
 import jax
@@ -161,14 +163,14 @@ def test_on_begins_as_the_base_and_only_what_is_added_is_trained(base, batch, ra
 
 
 def test_the_model_is_on_the_devices_once_while_it_begins(base):
-    seen = []
+    seen, names = [], []
 
     def live():
         return sum(array.nbytes for array in jax.live_arrays())
 
     def opened():
         read = base.open()
-        return lambda name: (seen.append(live()), read(name))[1]
+        return lambda name: (seen.append(live()), names.append(name), read(name))[2]
 
     plan = planned(RUN, base)
     gc.collect()
@@ -179,6 +181,9 @@ def test_the_model_is_on_the_devices_once_while_it_begins(base):
     assert live() - before == whole
     assert seen[0] - before <= whole - given
     assert max(seen) - before <= whole
+    # All layers of a kind in turn: of a base that has them in one stack, one stack is in memory.
+    kinds = [kind for kind, _ in itertools.groupby(re.sub(r"\d", "", name) for name in names)]
+    assert len(kinds) == len(set(kinds)) < len(names)
 
 
 def test_the_gate_shut_leaves_retrieval_out_of_the_step(batch):
