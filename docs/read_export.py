@@ -4,15 +4,25 @@
 
 EXPORT is what `launch/export.py --format=safetensors` writes. The file is taken apart here as its format says; nothing
 but NumPy is imported. Equation and section numbers are those of arXiv 2112.04426. Of the decoders that `docs/export.md`
-describes this reads the paper's: RMSNorm, Transformer-XL positions, GELU, heads of their own for keys and values.
+describes this reads the paper's: RMSNorm, Transformer-XL positions, GELU, heads of their own for keys and values. Any
+other is refused, and so is a tensor that no equation here reads.
 """
 
 import argparse
 import json
+import re
 import struct
 from pathlib import Path
 
 import numpy as np
+
+ATTENTION = r"(norm\.scale|query|key|value|output|relative|content_bias|position_bias)"
+READ = re.compile(
+    r"(encoder_)?embedding\.table|head|(decoder|encoder)\.norm\.scale|"
+    rf"decoder\.layers\.\d+\.(attention|cca)\.{ATTENTION}|"
+    rf"encoder\.layers\.\d+\.(attention|ca)\.{ATTENTION}|encoder\.layers\.\d+\.ca\.source_norm\.scale|"
+    r"(decoder|encoder)\.layers\.\d+\.ffw\.(norm\.scale|up|down)"
+)
 
 
 def read_safetensors(path):
@@ -38,9 +48,14 @@ class Reader:
         self.c = json.loads((directory / "config.json").read_text(encoding="utf-8"))["model"]
         self.p = read_safetensors(directory / "model.safetensors")
         expected = {"positions": "transformer_xl", "norm": "rms", "ffw": "gelu", "num_kv_heads": 0, "window": 0}
+        expected |= {"attention_biases": "none", "ffw_biases": False, "qk_norm": False, "lora_rank": 0}
+        expected |= {"neighbour_part": "both"}
         for name, value in expected.items():
             if self.c[name] != value:
                 raise SystemExit(f"this example reads {name} {value!r}, the export has {self.c[name]!r}")
+        for name in self.p:
+            if not READ.fullmatch(name):
+                raise SystemExit(f"this example reads no tensor {name}, the export has one")
 
     def logits(self, tokens, neighbours=None):
         """Algorithm 1.
@@ -74,8 +89,6 @@ class Reader:
     def encode(self, neighbour, chunk, chunk_real):
         """ENCODER: a neighbour [R] read with the activations [M, D] of the chunk that retrieved it in view."""
         c, neighbour = self.c, np.asarray(neighbour)
-        if c["neighbour_part"] != "both":
-            raise SystemExit("this example reads neighbours with their continuations")
         real = neighbour != c["pad_id"]
         x = self.p.get("encoder_embedding.table", self.p["embedding.table"])[neighbour]
         for layer in range(1, c["encoder_layers"] + 1):

@@ -27,6 +27,7 @@ from retro_jax import program
 from retro_jax.data.stage import atomic_write, file_sha256
 from retro_jax.errors import UserError
 from retro_jax.evaluation.question_answering import table
+from retro_jax.interop.checkpoint import open_base
 from retro_jax.pipeline import Pipeline
 from retro_jax.training.workdir import TOKENIZER
 
@@ -114,6 +115,7 @@ def main() -> None:
     else:
         bases = {"retro": Path(_RETRO.value), "baseline": Path(_BASELINE.value)}
     tokenizer = _tokenizer(bases)
+    _check_kinds(bases)
     _retrieve(pipeline, work, passages, questions, tokenizer, size)
     examples = work / f"questions-{size.retrievers[0]}"
     for name, layout in LAYOUTS.items():
@@ -151,8 +153,9 @@ def _pretrain(pipeline: Pipeline, work: Path, passages: Path, size: Size) -> dic
         pipeline.run(
             "text", "tools/select_documents.py", input=_TEXT.value, bytes=size.text_bytes, output=work / "text.jsonl"
         )
-    database, tokenizer = work / "database", work / "tokenizer.model"
-    pipeline.run("tokenizer", "tools/train_tokenizer.py", input=text, vocab_size=size.vocab_size, output=tokenizer)
+    database, tokenizer = work / "database", work / f"tokenizer-{size.vocab_size}.model"
+    if not tokenizer.is_file():  # one file, which is whole or not there
+        pipeline.run("tokenizer", "tools/train_tokenizer.py", input=text, vocab_size=size.vocab_size, output=tokenizer)
     pipeline.run("corpus", "tools/build_corpus.py", input=text, tokenizer=tokenizer, output=database / "corpus")
     pipeline.run(
         "neighbours",
@@ -198,6 +201,14 @@ def _tokenizer(bases: dict[str, Path]) -> Path:
     if len({file_sha256(path) for path in paths}) > 1:
         raise UserError(f"{paths[0]} and {paths[1]} are two tokenizers; the runs to compare must have one")
     return paths[0]
+
+
+def _check_kinds(bases: dict[str, Path]) -> None:
+    """Raises UserError when one is the other: the table's rows would have wrong names."""
+    for name, base in bases.items():
+        is_baseline = open_base(base).config.is_baseline
+        if is_baseline != (name == "baseline"):
+            raise UserError(f"--{name}={base}: this model is a {'baseline' if is_baseline else 'RETRO'}")
 
 
 def _retrieve(pipeline: Pipeline, work: Path, passages: Path, questions: Path, tokenizer: Path, size: Size) -> None:
@@ -259,7 +270,8 @@ def _arm(pipeline: Pipeline, work: Path, name: str, arm: Arm, base: Path, exampl
             "config.data.neighbours": LAYOUTS[arm.layout]["passages"] or 1,
         },
     )
-    dev, test = (work / "given" / f"{name}-{part}.json" for part in ("dev", "test"))
+    # In the run's directory, which belongs to the model that it began with: another one is refused above.
+    dev, test = (run / f"{part}.json" for part in ("dev", "test"))
     common = {"workdir": run, "sequences": work / "answers" / arm.layout}
     if not dev.is_file():
         pipeline.run(
@@ -272,11 +284,12 @@ def _arm(pipeline: Pipeline, work: Path, name: str, arm: Arm, base: Path, exampl
             **common,
         )
     if not test.is_file():
+        (step,) = json.loads(dev.read_text(encoding="utf-8"))["best_steps"].values()
         pipeline.run(
             f"test, {arm.name}",
             "launch/answer.py",
             examples=examples / "test.jsonl",
-            steps=json.loads(dev.read_text(encoding="utf-8"))["best_steps"][str(run)],
+            steps=step,
             limit=size.test_questions,
             output=test,
             **common,
@@ -297,7 +310,7 @@ def _write_table(work: Path, results: list[dict[str, Any]], size: Size) -> None:
     text = "\n".join([*lines, "", table(results, [arm.name for arm in ARMS.values()])])
     with atomic_write(work / "results.md") as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
-    print(f"\n{text}\n\n{work / 'results.md'}; every answer is in {work / 'given'}")
+    print(f"\n{text}\n\n{work / 'results.md'}; every answer is in {work / 'runs'}/*/test.json")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from retro_jax.errors import UserError
 from retro_jax.parallel import hosts
 from retro_jax.training.loop import train
 from retro_jax.training.metrics import read_metrics
+from retro_jax.training.retrofit import Base, known_base
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Recipe, a file of experiments/; --config.a.b=value changes it."
@@ -45,11 +46,7 @@ def main() -> None:
     config = from_config_dict(TrainConfig, program.loaded(_CONFIG.value))
     _use_compilation_cache()
     program.start_cluster()
-    base = None
-    if config.init_from:
-        from retro_jax.interop.checkpoint import open_base
-
-        base = open_base(config.init_from)
+    base = _base(config.init_from) if config.init_from else None
     result = train(
         config,
         _WORKDIR.value,
@@ -67,6 +64,20 @@ def main() -> None:
     losses = [line["loss"] for line in read_metrics(_WORKDIR.value) if line["loss"] is not None]
     loss = f"loss {losses[-1]:.4f} nats per token" if losses else "finished"
     print(f"step {result.step}: {loss}; the run lies in {_WORKDIR.value}")
+
+
+def _base(init_from: str) -> Base:
+    """The model to begin with; a run that has a checkpoint goes on without."""
+    from retro_jax.interop.checkpoint import open_base
+
+    try:
+        return open_base(init_from)
+    except UserError as error:
+        known = known_base(_WORKDIR.value, init_from)
+        if known is None:
+            raise
+        print(f"init_from is not needed any more, and cannot be opened: {error}", file=sys.stderr)
+        return known
 
 
 def _profile() -> tuple[int, int] | None:

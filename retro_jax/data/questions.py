@@ -140,7 +140,8 @@ def _question(row: Any, number: str, passages: bool) -> Question:
     answers = row.get("answers", [] if target is None else [target])
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
         raise _BadQuestionError("answers is not a list of strings")
-    answers = [answer for answer in (answers or ([] if target is None else [target])) if answer.strip()]
+    answers = [_characters(answer, "answers") for answer in answers or ([] if target is None else [target])]
+    answers = [answer for answer in answers if answer.strip()]
     if not answers or (target is not None and not target.strip()):
         raise _BadQuestionError("there is no answer")
     found: list[Passage] = []
@@ -148,15 +149,15 @@ def _question(row: Any, number: str, passages: bool) -> Question:
         if not isinstance(row.get("ctxs"), list):
             raise _BadQuestionError("ctxs is missing or not a list; tools/retrieve_passages.py finds passages")
         found = [_passage(each, rank) for rank, each in enumerate(row["ctxs"], start=1)]
-    names = {name: str(row[name]) for name in ("title", "passage_id") if row.get(name) is not None}
-    return Question(str(row.get("id", number)), question, tuple(answers), target, tuple(found), **names)
+    names = {name: _name(row, name) for name in ("title", "passage_id")}
+    return Question(_name(row, "id", number), question, tuple(answers), target, tuple(found), **names)
 
 
 def _passage(row: Any, rank: int) -> Passage:
     if not isinstance(row, dict):
         raise _BadQuestionError(f"passage {rank} of ctxs is no object")
     try:
-        return Passage(_text(row, "title"), _text(row, "text"), str(row.get("id", "")))
+        return Passage(_text(row, "title"), _text(row, "text"), _name(row, "id"))
     except _BadQuestionError as error:
         raise _BadQuestionError(f"passage {rank} of ctxs: {error}") from None
 
@@ -165,6 +166,20 @@ def _text(row: dict[str, Any], name: str) -> str:
     value = row.get(name)
     if not isinstance(value, str):
         raise _BadQuestionError(f"{name} is {'missing' if name not in row else 'not a string'}")
+    return _characters(value, name)
+
+
+def _name(row: dict[str, Any], name: str, default: str = "") -> str:
+    """What may be missing, and may be a number."""
+    value = row.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, str | int | float):
+        raise _BadQuestionError(f"{name} is neither a string nor a number")
+    return _characters(str(value), name)
+
+
+def _characters(value: str, name: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:

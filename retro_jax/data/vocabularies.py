@@ -205,7 +205,9 @@ def _fallback_bytes(piece: str) -> bytes:
 
 
 def _byte_level_bytes(piece: str) -> bytes:
-    return bytes(_BYTES[character] for character in piece)
+    """A token with another character stands for itself, as in the tokenizers library; no text is cut into one."""
+    known = all(character in _BYTES for character in piece)
+    return bytes(_BYTES[character] for character in piece) if known else piece.encode()
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -4,6 +4,7 @@ Llama (with SmolLM and TinyLlama), Mistral, Qwen2 and 2.5, Qwen3 and GPT-2. A se
 refused by name; none is passed over.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -53,8 +54,12 @@ _MUST_BE = {
 _WHOLE = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "n_embd", "n_layer", "n_head", "n_inner", "n_positions"),
+    "max_position_embeddings",
 )
 _POSITIVE = (*_WHOLE, "rope_theta", "rms_norm_eps", "layer_norm_epsilon")
+# What a config.json says that is no part of the architecture and yet the model's: its context, and ids, of which
+# transformers takes several for the end.
+_BESIDE = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def read_config(values: dict[str, Any], path: Path) -> RetroConfig:
@@ -85,18 +90,38 @@ def read_config(values: dict[str, Any], path: Path) -> RetroConfig:
         raise UserError(f"{path}: a setting is of another type than {kind} models have ({error})") from None
 
 
-def write_config(config: RetroConfig, *, context: int, bos_id: int | None, eos_id: int | None) -> dict[str, Any]:
+def base_settings(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """What a config.json says of context and special tokens, which `write_config` writes back.
+
+    Args:
+      values: its content, or what this function gave once.
+      path: of the file, for messages.
+
+    Raises:
+      UserError: the context is no number of tokens.
+    """
+    found = {name: values[name] for name in _BESIDE if name in values}
+    _check_numbers(found, path)
+    return found
+
+
+def with_context(settings: Mapping[str, Any], context: int) -> dict[str, Any]:
+    """The settings of a base that was trained on `context` tokens at a time, if not on more."""
+    longest = max(settings.get("max_position_embeddings") or 0, context)
+    return dict(settings) | ({"max_position_embeddings": longest} if longest else {})
+
+
+def write_config(config: RetroConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json of the decoder alone, RETRO[OFF]; the inverse of `read_config`.
 
     Args:
       config: of the model.
-      context: tokens it was trained on at a time; 0 where that is not known.
-      bos_id, eos_id: of its tokenizer, where there is one.
+      settings: as of `base_settings`; 2048 tokens of context where they name none.
 
     Raises:
       UserError: no Hugging Face architecture is this decoder; what stands in the way is named.
     """
-    ids = {"bos_token_id": bos_id, "eos_token_id": eos_id}
+    ids = {name: value for name, value in settings.items() if name.endswith("_token_id")}
     if config.positions == "learned":
         _require(config.attention_biases == "all" and config.ffw_biases, "GPT-2 has all biases")
         _require(config.norm == "layer" and config.ffw == "gelu", "GPT-2 has LayerNorm and GELU")
@@ -132,7 +157,7 @@ def write_config(config: RetroConfig, *, context: int, bos_id: int | None, eos_i
         "hidden_act": "silu",
         "rms_norm_eps": config.norm_epsilon,
         "rope_theta": config.rope_theta,
-        "max_position_embeddings": context or 2048,
+        "max_position_embeddings": settings.get("max_position_embeddings") or 2048,
         "tie_word_embeddings": config.tie_embeddings,
         "attention_bias": config.attention_biases == "all",
         "mlp_bias": config.ffw_biases,

@@ -1,6 +1,6 @@
 """The README.md that goes with an exported model."""
 
-from retro_jax.interop.pretrained import RETRIEVAL, Pretrained
+from retro_jax.interop.pretrained import RETRIEVAL, Opened, Pretrained
 from retro_jax.model.parameters import count_parameters
 
 _CARD = """---
@@ -46,7 +46,7 @@ Matrices are `[input, output]`; heads are axes of their own: `query`, `key`, `va
 `output` `[heads, head size, width]`."""
 
 
-def model_card(source: Pretrained, name: str, *, huggingface: bool = False) -> str:
+def model_card(source: Opened | Pretrained, name: str, *, huggingface: bool = False) -> str:
     """The text of the card, in Markdown with the header that model hubs read.
 
     Args:

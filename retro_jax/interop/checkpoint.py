@@ -1,24 +1,31 @@
 """Any model of this framework on disk, opened the same way: a run, one of its checkpoints, or an export."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 
+from retro_jax.config import MeshConfig, RetroConfig
 from retro_jax.data.stage import file_sha256
+from retro_jax.data.tokenizer import Tokenizer
 from retro_jax.errors import UserError
+from retro_jax.interop.architectures import base_settings, with_context
 from retro_jax.interop.huggingface import CONFIG, read_json
-from retro_jax.interop.pretrained import TOKENIZER_FILES, Pretrained, is_run, load_pretrained, open_pretrained
+from retro_jax.interop.pretrained import TOKENIZER_FILES, Opened, is_run, open_pretrained
 from retro_jax.interop.tensors import require_no_file
-from retro_jax.model.parameters import layer_reader
+from retro_jax.model.parameters import layer_places
+from retro_jax.parallel.mesh import create_mesh
+from retro_jax.training.checkpoint import open_params
 from retro_jax.training.retrofit import Base
-from retro_jax.training.trained import load_trained
-from retro_jax.training.workdir import CHECKPOINTS, TOKENIZER, load_config
+from retro_jax.training.state import plan_model
+from retro_jax.training.workdir import BASE, CHECKPOINTS, TOKENIZER, begun_with, load_config
 
 
-def open_checkpoint(path: str | os.PathLike) -> Pretrained:
-    """A model for export.
+def open_checkpoint(path: str | os.PathLike) -> Opened:
+    """A model for export, whose parameters are read when they are asked for.
 
     Args:
       path: directory of a run (for its newest checkpoint), `RUN/checkpoints/STEP`, or what `load_pretrained` opens.
@@ -28,27 +35,66 @@ def open_checkpoint(path: str | os.PathLike) -> Pretrained:
     """
     workdir, step = _run(Path(path))
     if workdir is None:
-        return load_pretrained(path)
-    run = load_trained(workdir, step=step)
-    neighbours = 0 if run.config.model.is_baseline else run.config.data.neighbours
-    return Pretrained(run.config.model, run.params, run.tokenizer, run.config.data.length, neighbours)
+        return open_pretrained(path)
+    config = load_config(workdir)
+    read = open_params(workdir / CHECKPOINTS, plan_model(config.model, create_mesh(MeshConfig())).params, step)
+    return Opened(
+        config.model,
+        _layers(config.model, read),
+        Tokenizer(workdir / TOKENIZER),
+        context=config.data.length,
+        neighbours=0 if config.model.is_baseline else config.data.neighbours,
+        base_settings=_base_settings(workdir),
+    )
 
 
 def open_base(path: str | os.PathLike) -> Base:
     """A model for a run to begin with; `path` and errors as for `open_checkpoint`.
 
-    Parameters are read when they are asked for: one at a time, but for those of a run, which must lie whole in one
-    process.
+    Parameters are read when they are asked for, one at a time; those of a run must lie whole in one process.
     """
     workdir, _ = _run(Path(path))
     if workdir is None:
         opened = open_pretrained(path)
-        return Base(str(path), opened.config, lambda: opened.read, _fingerprints(Path(path), TOKENIZER_FILES))
+        settings = with_context(opened.base_settings, opened.context)
+        return Base(str(path), opened.config, lambda: opened.read, _fingerprints(Path(path), TOKENIZER_FILES), settings)
     if jax.process_count() > 1:
         raise UserError(f"{path}: several processes cannot begin with a run; write it with launch/export.py first")
-    config = load_config(workdir).model
-    tokenizers = _fingerprints(workdir, (TOKENIZER,))
-    return Base(str(path), config, lambda: layer_reader(open_checkpoint(path).params, config), tokenizers)
+    config = load_config(workdir)
+    return Base(
+        str(path),
+        config.model,
+        lambda: open_checkpoint(path).read,
+        _fingerprints(workdir, (TOKENIZER,)),
+        with_context(_base_settings(workdir), config.data.length),
+    )
+
+
+def _layers(config: RetroConfig, read: Callable[[tuple[str | int, ...]], jax.Array]) -> Callable[[str], np.ndarray]:
+    """Reads parameters by the names of `retro_jax.model.parameters`, of which an array holds those of equal layers.
+
+    An array is kept until each of its parameters was asked for: in the order of `layer_shapes` one is in memory.
+    """
+    places = layer_places(config)
+    kept: dict[tuple[str | int, ...], tuple[np.ndarray, set[str]]] = {}
+
+    def parameter(name: str) -> np.ndarray:
+        path, index = places[name]
+        if path not in kept:
+            kept[path] = np.asarray(read(path)), {other for other, (there, _) in places.items() if there == path}
+        whole, unread = kept[path]
+        unread.discard(name)
+        if not unread:
+            del kept[path]
+        return whole if index is None else whole[index]
+
+    return parameter
+
+
+def _base_settings(workdir: Path) -> dict[str, Any]:
+    """What is known of the model that a run began with."""
+    known = begun_with(workdir)
+    return base_settings(known["settings"], workdir / BASE) if known else {}
 
 
 def _fingerprints(directory: Path, names: Iterable[str]) -> tuple[str, ...]:

@@ -1,13 +1,13 @@
 """Writes a model for other tools: as safetensors with its configuration, or as a Hugging Face checkpoint.
 
 A directory is written under another name, read back and compared with the model bit by bit, and only then renamed: it
-is there whole and right, or not at all. One parameter at a time is in memory.
+is there whole and right, or not at all. Parameters are read, written and compared one at a time, in the order in which
+the source has them.
 """
 
 import contextlib
 import dataclasses
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,22 +20,26 @@ from retro_jax.config import RetroConfig, to_dict
 from retro_jax.data.stage import TEMPORARY, write_json
 from retro_jax.data.tokenizer import Tokenizer
 from retro_jax.errors import UserError
-from retro_jax.interop.architectures import write_config
+from retro_jax.interop.architectures import with_context, write_config
 from retro_jax.interop.card import model_card
-from retro_jax.interop.huggingface import CONFIG, open_huggingface
+from retro_jax.interop.huggingface import CONFIG
 from retro_jax.interop.naming import Entry, entries
 from retro_jax.interop.pretrained import (
     FORMAT,
     RETRIEVAL,
     VERSION,
+    Opened,
     Pretrained,
-    open_native,
+    as_imported,
+    open_pretrained,
     retrieval_shapes,
 )
-from retro_jax.interop.tensors import Tensors, write_tensors
-from retro_jax.model.parameters import layer_reader, layer_shapes
+from retro_jax.interop.tensors import write_tensors
+from retro_jax.lock import LOCK, DirectoryLock
+from retro_jax.model.parameters import layer_shapes
 
 SHARD_BYTES = 5_000_000_000
+Source = Opened | Pretrained
 Read = Callable[[str], Any]
 
 
@@ -43,23 +47,56 @@ Read = Callable[[str], Any]
 def new_directory(path: str | os.PathLike) -> Iterator[Path]:
     """A directory to write in, that becomes `path` when all went well and vanishes when not.
 
+    It lies in `.tmp-NAME` beside `path`, which is locked: what a killed export left there is removed by the next one of
+    this path, and two at a time cannot be.
+
     Raises:
-      UserError: `path` is there and not an empty directory.
+      UserError: `path` is there and not an empty directory, or another process is writing it.
     """
-    path = Path(path)
+    path = Path(path).absolute()
+    workshop = path.with_name(f"{TEMPORARY}{path.name}")
+    _require_free(path)
+    workshop.mkdir(parents=True, exist_ok=True)
+    try:
+        with DirectoryLock(workshop, "wait for it, or give another --output"):
+            _clear(workshop)
+            _require_free(path)  # its last holder may have finished it
+            temporary = workshop / path.name
+            temporary.mkdir()
+            try:
+                yield temporary
+                for written in (*temporary.rglob("*"), temporary):
+                    _sync(written)
+                os.replace(temporary, path)
+                _sync(path.parent)
+            finally:
+                _clear(workshop)
+    finally:
+        with contextlib.suppress(OSError):  # another process may be in it
+            workshop.rmdir()
+
+
+def _require_free(path: Path) -> None:
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"{path} is there already; give another --output")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
-    temporary.mkdir()
+
+
+def _clear(workshop: Path) -> None:
+    for left in workshop.iterdir():
+        if left.name != LOCK:
+            shutil.rmtree(left)
+
+
+def _sync(path: Path) -> None:
+    """Has the disk take a file, or the names in a directory."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        yield temporary
-        os.replace(temporary, path)
+        os.fsync(descriptor)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(descriptor)
 
 
-def export_native(source: Pretrained, path: str | os.PathLike, *, name: str) -> None:
+def export_native(source: Source, path: str | os.PathLike, *, name: str) -> None:
     """Writes one safetensors file, configuration, tokenizer and model card, as `load_pretrained` reads them.
 
     Args:
@@ -74,23 +111,20 @@ def export_native(source: Pretrained, path: str | os.PathLike, *, name: str) -> 
         write_native(source, directory, name)
 
 
-def write_native(source: Pretrained, directory: Path, name: str) -> None:
+def write_native(source: Source, directory: Path, name: str) -> None:
     """As `export_native`, into a directory that is there."""
-    config, read, dtype = source.config, layer_reader(source.params, source.config), _dtype_of(source.config)
-    shapes = {key: (tuple(leaf.shape), dtype) for key, leaf in layer_shapes(config).items()}
-    values = _values(source)
+    read, dtype = source.read, _dtype_of(source.config)
+    shapes = {key: (tuple(leaf.shape), dtype) for key, leaf in layer_shapes(source.config).items()}
     _write(directory, shapes, read, label="weights")
-    write_json(directory / CONFIG, values)
+    write_json(directory / CONFIG, _values(source))
     _write_tokenizer(directory, source.tokenizer)
     (directory / "README.md").write_text(model_card(source, name), encoding="utf-8")
-    found, written = open_native(directory, values)
-    _require_equal(config, found, directory)
-    _compare(shapes, read, written, directory)
+    found = open_pretrained(directory)
+    _require_equal(source.config, found.config, directory)
+    _compare(shapes, read, found.read, directory)
 
 
-def export_huggingface(
-    source: Pretrained, path: str | os.PathLike, *, name: str, shard_bytes: int = SHARD_BYTES
-) -> None:
+def export_huggingface(source: Source, path: str | os.PathLike, *, name: str, shard_bytes: int = SHARD_BYTES) -> None:
     """Writes the decoder, RETRO[OFF], as transformers reads it, and encoder and cross-attention in `retrieval/`.
 
     What LoRA adds is put into the projections.
@@ -103,36 +137,34 @@ def export_huggingface(
       UserError: no Hugging Face architecture has this decoder, the directory is there, or what was written is not what
         was meant.
     """
-    read = _merged(source)
-    source = dataclasses.replace(source, config=dataclasses.replace(source.config, lora_rank=0))
-    config, tokenizer, dtype = source.config, source.tokenizer, _dtype_of(source.config)
-    values = write_config(
-        config,
-        context=source.context,
-        bos_id=tokenizer and tokenizer.bos_id,
-        eos_id=tokenizer and tokenizer.eos_id,
-    )
+    source = _merged(source)
+    config, read, tokenizer, dtype = source.config, source.read, source.tokenizer, _dtype_of(source.config)
+    ids = {"bos_token_id": tokenizer and tokenizer.bos_id, "eos_token_id": tokenizer and tokenizer.eos_id}
+    settings = with_context(ids | source.base_settings, source.context)
+    values = write_config(config, settings)
     base = _BaseReader(config, read)
     with new_directory(path) as directory:
         write_json(directory / CONFIG, values | {"torch_dtype": dtype})
         _write(directory, {key: (shape, dtype) for key, shape in base.shapes.items()}, base, "weights", shard_bytes)
         _write_tokenizer(directory, tokenizer)
         (directory / "README.md").write_text(model_card(source, name, huggingface=True), encoding="utf-8")
-        found, written = open_huggingface(directory)
-        ours = {key: (tuple(leaf.shape), dtype) for key, leaf in layer_shapes(found).items()}
-        _compare(ours, read, written, directory)
-        if config.is_baseline:
-            return
-        own = {key: (shape, dtype) for key, shape in retrieval_shapes(config).items()}
-        (directory / RETRIEVAL).mkdir()
-        _write(directory / RETRIEVAL, own, read, label="retrieval")
-        write_json(directory / RETRIEVAL / CONFIG, _values(source))
-        _compare(own, read, Tensors(directory / RETRIEVAL).__getitem__, directory / RETRIEVAL)
+        if not config.is_baseline:
+            own = {key: (shape, dtype) for key, shape in retrieval_shapes(config).items()}
+            (directory / RETRIEVAL).mkdir()
+            _write(directory / RETRIEVAL, own, read, label="retrieval")
+            write_json(directory / RETRIEVAL / CONFIG, _values(source))
+        found = open_pretrained(directory)
+        if config.is_baseline:  # in a RETRO `open_pretrained` compares the decoders, and the whole is written out
+            wanted, there = (as_imported(each, settings, directory / CONFIG) for each in (config, found.config))
+            _require_equal(wanted, there, directory)
+        else:
+            _require_equal(config, found.config, directory)
+        _compare(layer_shapes(config), read, found.read, directory)
 
 
-def _merged(source: Pretrained) -> Read:
-    """Reads the parameters with what LoRA adds put into the projections."""
-    read = layer_reader(source.params, source.config)
+def _merged(source: Source) -> Opened:
+    """The model with what LoRA adds put into the projections."""
+    read = source.read
     adapted = {f".attention.{name}": f".attention.{name}_lora" for name in ("query", "value")}
 
     def merged(name: str) -> Any:
@@ -143,11 +175,16 @@ def _merged(source: Pretrained) -> Read:
         down, up = np.asarray(read(f"{lora}.down")), np.asarray(read(f"{lora}.up"))
         return np.asarray(read(name)) + np.einsum("dr,rnh->dnh", down, up)
 
-    return merged
+    config = dataclasses.replace(source.config, lora_rank=0)
+    return Opened(config, merged, source.tokenizer, source.context, source.neighbours, source.base_settings)
 
 
 class _BaseReader:
-    """Called with the name of a tensor of a Hugging Face checkpoint, makes it of the decoder's parameters."""
+    """Called with the name of a tensor of a Hugging Face checkpoint, makes it of the decoder's parameters.
+
+    Attributes:
+      shapes: of all tensors, in the order of the parameters.
+    """
 
     def __init__(self, config: RetroConfig, read: Read) -> None:
         self._read = read
@@ -156,7 +193,9 @@ class _BaseReader:
         for entry in entries(config):
             theirs = entry.theirs if entry.theirs.startswith("lm_head") else prefix + entry.theirs
             self._parts.setdefault(theirs, []).append(entry)
-        self.shapes = {name: parts[0].their_shape for name, parts in self._parts.items()}
+        order = {name: place for place, name in enumerate(layer_shapes(config))}
+        names = sorted(self._parts, key=lambda name: order[self._parts[name][0].ours])
+        self.shapes = {name: self._parts[name][0].their_shape for name in names}
 
     def __call__(self, name: str) -> np.ndarray:
         parts = [entry.to_theirs(np.asarray(self._read(entry.ours))) for entry in self._parts[name]]
@@ -168,13 +207,14 @@ def _dtype_of(config: RetroConfig) -> str:
     return str(next(iter(layer_shapes(config).values())).dtype)
 
 
-def _values(source: Pretrained) -> dict[str, Any]:
+def _values(source: Source) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "version": VERSION,
         "model": to_dict(source.config),
         "context": source.context,
         "neighbours": source.neighbours,
+        "base": source.base_settings,
         "tokenizer": source.tokenizer and source.tokenizer.fingerprint,
     }
 
@@ -199,7 +239,7 @@ def _write_tokenizer(directory: Path, tokenizer: Tokenizer | None) -> None:
         (directory / f"tokenizer.{kind}").write_bytes(content)
 
 
-def _require_equal(wanted: RetroConfig, found: RetroConfig, directory: Path) -> None:
+def _require_equal(wanted: RetroConfig | None, found: RetroConfig | None, directory: Path) -> None:
     if wanted != found:
         raise UserError(f"{directory / CONFIG}: the configuration read back is another one; the disk may be failing")
 
@@ -207,5 +247,10 @@ def _require_equal(wanted: RetroConfig, found: RetroConfig, directory: Path) -> 
 def _compare(shapes: dict[str, Any], wanted: Read, written: Read, directory: Path) -> None:
     """Raises UserError unless every parameter read back is the model's, bit for bit."""
     for name in tqdm(shapes, desc="reading back", unit="parameter", delay=2):
-        if np.asarray(wanted(name)).tobytes() != np.asarray(written(name)).tobytes():
+        if not np.array_equal(_bits(wanted(name)), _bits(written(name))):
             raise UserError(f"{directory}: {name} read back is not what was written; the disk may be failing")
+
+
+def _bits(parameter: Any) -> np.ndarray:
+    array = np.ascontiguousarray(parameter)
+    return array.reshape(-1).view(f"u{array.itemsize}")

@@ -70,7 +70,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; raises UserError naming the file where it is none."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: not a JSON object")

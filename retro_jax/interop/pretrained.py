@@ -1,6 +1,7 @@
 """A model with its tokenizer in one directory: what is exported, and what `load_pretrained` opens.
 
-config.json        format, model (`RetroConfig`), context and neighbours of the training, tokenizer's file
+config.json        format, model (`RetroConfig`), context and neighbours of the training, tokenizer's file, and what
+                   the Hugging Face checkpoint that its decoder came from says of context and special tokens
 model.safetensors  parameters by the names of `retro_jax.model.parameters`, one layer at a time, float32
 tokenizer.model    SentencePiece, or tokenizer.json of the tokenizers library
 README.md          the model card
@@ -10,7 +11,7 @@ import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from flax import nnx
@@ -18,9 +19,10 @@ from flax import nnx
 from retro_jax.config import SPECIAL_TOKENS, RetroConfig, from_dict
 from retro_jax.data.tokenizer import Tokenizer
 from retro_jax.errors import UserError
+from retro_jax.interop.architectures import base_settings, read_config, write_config
 from retro_jax.interop.huggingface import CONFIG, BaseTensors, open_huggingface, read_json
 from retro_jax.interop.tensors import Tensors, require_no_file
-from retro_jax.model.parameters import assemble, layer_shapes
+from retro_jax.model.parameters import assemble, layer_reader, layer_shapes
 from retro_jax.model.retro import Retro
 
 FORMAT, VERSION = "retro_jax", 1
@@ -37,6 +39,8 @@ class Pretrained:
       tokenizer: None where the directory has none.
       context: tokens of a sequence in its training; 0 where that is not known.
       neighbours: K in its training; 0 for a baseline.
+      base_settings: what the Hugging Face checkpoint that its decoder came from says of context and special tokens (see
+        `retro_jax.interop.architectures.base_settings`); empty where it came from none.
     """
 
     config: RetroConfig
@@ -44,6 +48,12 @@ class Pretrained:
     tokenizer: Tokenizer | None
     context: int
     neighbours: int
+    base_settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def read(self) -> Callable[[str], Any]:
+        """Gives a parameter by its name in `retro_jax.model.parameters`."""
+        return layer_reader(self.params, self.config)
 
     @property
     def model(self) -> Retro:
@@ -63,11 +73,11 @@ def load_pretrained(path: str | os.PathLike) -> Pretrained:
       UserError: no such model, an architecture that is not supported, tensors that are missing or of another shape, or
         a tokenizer that does not match.
     """
-    opened = open_pretrained(path)
-    return Pretrained(opened.config, assemble(opened.config, opened.read), *opened[2:])
+    return open_pretrained(path).load()
 
 
-class Opened(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Opened:
     """A `Pretrained` whose parameters are read one at a time, by name, with `read`."""
 
     config: RetroConfig
@@ -75,6 +85,12 @@ class Opened(NamedTuple):
     tokenizer: Tokenizer | None
     context: int
     neighbours: int
+    base_settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def load(self) -> Pretrained:
+        """With the parameters in memory."""
+        params = assemble(self.config, self.read)
+        return Pretrained(self.config, params, self.tokenizer, self.context, self.neighbours, self.base_settings)
 
 
 def open_pretrained(path: str | os.PathLike) -> Opened:
@@ -85,22 +101,42 @@ def open_pretrained(path: str | os.PathLike) -> Opened:
         raise UserError(f"{path / CONFIG}: no such file, so no model is here; export one with launch/export.py")
     values = read_json(path / CONFIG)
     if values.get("format") == FORMAT:
-        return _finish(path, values, *open_native(path, values))
+        config, read = open_native(path, values)
+        return _finish(path, values, config, read, values.get("base", {}))
     if is_run(values):
         raise UserError(f"{path} is a run of launch/train.py; export it with launch/export.py first")
     config, base = open_huggingface(path)
+    settings = base_settings(values, path / CONFIG)
     if not (path / RETRIEVAL / CONFIG).is_file():
         tokenizer = _tokenizer(path)
         if tokenizer is not None:
             _require_rows(path, tokenizer, config)
             config = _with_ids(config, tokenizer)
         context = values.get("max_position_embeddings") or values.get("n_positions") or 0
-        return Opened(config, base, tokenizer, context, 0)
+        return Opened(config, base, tokenizer, context, 0, settings)
     values = read_json(path / RETRIEVAL / CONFIG)
     whole = _model_config(path / RETRIEVAL / CONFIG, values)
-    if _decoder(whole) != _decoder(config):
+    if as_imported(whole, settings, path / CONFIG) != config:
         raise UserError(f"{path / RETRIEVAL}: made for another decoder than that of {path / CONFIG}")
-    return _finish(path, values, whole, _joined(path, whole, base))
+    return _finish(path, values, whole, _joined(path, whole, base), settings)
+
+
+def as_imported(config: RetroConfig, settings: dict[str, Any], path: Path) -> RetroConfig | None:
+    """The decoder as `open_huggingface` gives it, with what has no bearing on it at its default.
+
+    Args:
+      config: of the model.
+      settings: of its base, as of `base_settings`.
+      path: of the base's config.json, for messages.
+
+    Returns:
+      Its configuration; None where no Hugging Face architecture has this decoder.
+    """
+    try:
+        written = write_config(config, settings)
+    except UserError:
+        return None
+    return read_config(written, path)
 
 
 def is_run(values: dict[str, Any]) -> bool:
@@ -126,7 +162,7 @@ def open_native(path: Path, values: dict[str, Any]) -> tuple[RetroConfig, Callab
 
 def retrieval_shapes(config: RetroConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of what a RETRO has beside its decoder's base: encoder and chunked cross-attention."""
-    base = layer_shapes(_decoder(config))
+    base = layer_shapes(dataclasses.replace(config, cca_layers=()))
     return {name: tuple(leaf.shape) for name, leaf in layer_shapes(config).items() if name not in base}
 
 
@@ -136,24 +172,31 @@ def _joined(path: Path, config: RetroConfig, base: BaseTensors) -> Callable[[str
     return lambda name: tensors[name] if name in own else base(name)
 
 
-def _decoder(config: RetroConfig) -> RetroConfig:
-    """The baseline, with what has no bearing on its parameters and logits at its default."""
-    plain = {field.name: field.default for field in dataclasses.fields(config) if field.name.startswith("encoder_")}
-    plain |= {"share_embeddings": False, "dtype": "float32", "remat": "none", "scan_layers": True, "init_scale": 0.02}
-    plain |= {"neighbour_length": 128, "chunk_length": 64, "neighbour_part": "both", "cross_positions": True}
-    return dataclasses.replace(config, cca_layers=(), pad_id=config.vocab_size, bos_id=1, eos_id=2, unk_id=3, **plain)
-
-
 def _model_config(path: Path, values: dict[str, Any]) -> RetroConfig:
     if values.get("version") != VERSION:
         raise UserError(f"{path}: version {values.get('version')} of the format, this program reads {VERSION}")
     if not isinstance(values.get("model"), dict):
         raise UserError(f"{path}: no model in it")
-    return from_dict(RetroConfig, values["model"], f"{path}: model")
+    try:
+        return from_dict(RetroConfig, values["model"], "model")
+    except UserError as error:  # of the settings themselves too, which know no file
+        raise UserError(f"{path}: {error}") from None
 
 
-def _finish(path: Path, values: dict[str, Any], config: RetroConfig, read: Callable[[str], np.ndarray]) -> Opened:
+def _finish(
+    path: Path,
+    values: dict[str, Any],
+    config: RetroConfig,
+    read: Callable[[str], np.ndarray],
+    settings: dict[str, Any],
+) -> Opened:
     tokenizer = _tokenizer(path)
+    counts = {name: values.get(name, 0) for name in ("context", "neighbours")}
+    for name, count in counts.items():
+        if not isinstance(count, int) or count < 0:
+            raise UserError(f"{path}: {name} is {count!r}, not a number")
+    if not isinstance(settings, dict):
+        raise UserError(f"{path / CONFIG}: base is {settings!r}, not a group of settings")
     if values.get("tokenizer") != (tokenizer and tokenizer.fingerprint):
         found = f"has fingerprint {tokenizer.fingerprint}" if tokenizer else "is missing"
         raise UserError(f"{path}: the tokenizer {found}, the model was made with {values.get('tokenizer')}")
@@ -161,7 +204,7 @@ def _finish(path: Path, values: dict[str, Any], config: RetroConfig, read: Calla
         _require_rows(path, tokenizer, config)
         if _with_ids(config, tokenizer) != config:
             raise UserError(f"{tokenizer.path}: other ids of PAD, BOS, EOS or unknown than the model's")
-    return Opened(config, read, tokenizer, values.get("context", 0), values.get("neighbours", 0))
+    return Opened(config, read, tokenizer, **counts, base_settings=base_settings(settings, path / CONFIG))
 
 
 def _require_rows(path: Path, tokenizer: Tokenizer, config: RetroConfig) -> None:

@@ -21,10 +21,10 @@ import numpy as np
 from flax import nnx
 from jax import export
 
+from retro_jax.config import RetroConfig
 from retro_jax.data.stage import write_json
 from retro_jax.errors import UserError
-from retro_jax.interop.export import new_directory, write_native
-from retro_jax.interop.pretrained import Pretrained
+from retro_jax.interop.export import Source, new_directory, write_native
 from retro_jax.interop.tensors import Tensors
 from retro_jax.model.incremental import Distances, split_incremental
 from retro_jax.model.parameters import from_layers, layer_shapes
@@ -32,48 +32,77 @@ from retro_jax.model.retro import Retro
 from retro_jax.training.state import from_nested_dict, to_nested_dict
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-TOLERANCE = 1e-4  # of logits relative to the largest: other programs, other orders of summation
+# How far logits may be apart, relative to the largest, by compute dtype: of one program compiled twice; and of token
+# after token and the whole sequence, where sums have another order and activations are rounded elsewhere. Steps that
+# are wrong are off by about the logits themselves.
+SAME = {"float64": 1e-5, "float32": 1e-5, "bfloat16": 1e-2}
+STEPS = {"float64": 1e-4, "float32": 1e-4, "bfloat16": 0.2}
+LONGEST = 4096  # tokens of the programs where nobody says how many: the check runs them
 Arrays = dict[str, Any]
+Programs = dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]
 
 
 def export_stablehlo(
-    source: Pretrained, path: str | os.PathLike, *, name: str, platforms: tuple[str, ...] = PLATFORMS
+    source: Source,
+    path: str | os.PathLike,
+    *,
+    name: str,
+    length: int | None = None,
+    platforms: tuple[str, ...] = PLATFORMS,
 ) -> None:
     """Writes the programs beside a native export, reloads them and compares their logits with the model's.
 
+    The comparison is made on the CPU, where a float32 is one in matrix products too, and has the model in memory.
+
     Args:
       source, path, name: as for `retro_jax.interop.export.export_native`.
-      platforms: that the programs run on; the one of this machine among them.
+      length: T, tokens of the programs, whole chunks; those of the model's training by default.
+      platforms: that the programs run on; cpu among them.
 
     Raises:
-      UserError: the directory is there, or a reloaded program gives other logits.
+      UserError: the directory is there, a length that must be given or cannot be, or a reloaded program gives other
+        logits.
     """
+    length, cpu = _length(source, length), _cpu()
     with new_directory(path) as directory:
         write_native(source, directory, name)
-        programs = _programs(source)
+        programs = _programs(source.config, length, source.neighbours or None)
         signatures = {}
         for key, (function, arguments) in programs.items():
             exported = export.export(jax.jit(function), platforms=platforms)(*arguments)
             (directory / f"{key}.stablehlo").write_bytes(bytes(exported.serialize()))
             signatures[key] = {"arguments": [_described(each) for each in arguments]}
             signatures[key]["results"] = _described(jax.tree.unflatten(exported.out_tree, exported.out_avals))
-        slots = _length(source)
         write_json(
             directory / "programs.json",
-            {"platforms": list(platforms), "slots": slots, "pad_id": source.config.pad_id, "programs": signatures},
+            {"platforms": list(platforms), "slots": length, "pad_id": source.config.pad_id, "programs": signatures},
         )
-        _check(source, directory, signatures)
+        with jax.default_device(cpu):
+            _check(directory, source.config, programs, signatures)
 
 
-def _length(source: Pretrained) -> int:
-    """T: the context of the training, in whole chunks."""
-    chunk = source.config.chunk_length
-    return max(source.context // chunk, 2) * chunk
+def _length(source: Source, wanted: int | None) -> int:
+    """T, which the model's context gives where nobody wants another."""
+    chunk, most = source.config.chunk_length, source.config.max_positions
+    if wanted is None and not chunk <= source.context <= LONGEST:
+        context = f"{source.context:,} tokens" if source.context else "not known"
+        raise UserError(f"the model's context is {context}; give --length, the tokens that the programs take")
+    length = source.context // chunk * chunk if wanted is None else wanted
+    if length <= 0 or length % chunk or (most and length > most):
+        limit = f" up to {most:,}" if most else ""
+        raise UserError(f"--length={length} is not a multiple of the chunk of {chunk} tokens{limit}")
+    return length
 
 
-def _programs(source: Pretrained) -> dict[str, tuple[Callable, tuple[Any, ...]]]:
+def _cpu() -> jax.Device:
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        raise UserError("programs are checked on the CPU, which JAX_PLATFORMS leaves out; add ,cpu to it") from None
+
+
+def _programs(config: RetroConfig, length: int, neighbours: int | None) -> Programs:
     """Each program with its abstract arguments."""
-    config, length, neighbours = source.config, _length(source), source.neighbours or None
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: Retro(config)))
     (batch,) = export.symbolic_shape("b")
     parameters = layer_shapes(config)
@@ -108,7 +137,7 @@ def _programs(source: Pretrained) -> dict[str, tuple[Callable, tuple[Any, ...]]]
 
     tokens = integers(batch, length)
     step = (to_nested_dict(prepared), to_nested_dict(empty), integers(batch), integers())
-    programs: dict[str, tuple[Callable, tuple[Any, ...]]] = {
+    programs: Programs = {
         "forward_off": (lambda p, t: forward(p, t), (parameters, tokens)),
         "prepare": (lambda p: to_nested_dict(prepared_of(p)), (parameters,)),
         "step": (lambda p, s, t, slot: advance(p, s, t, slot, None, False), step),
@@ -130,37 +159,39 @@ def _described(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: f"{leaf.dtype}[{', '.join(map(str, leaf.shape))}]", tree)
 
 
-def _check(source: Pretrained, directory: Path, signatures: dict[str, Any]) -> None:
-    """Raises UserError unless the programs, read back, give the model's logits, whole sequences and step by step."""
-    config, length, chunk = source.config, _length(source), source.config.chunk_length
-    programs = {
+def _check(directory: Path, config: RetroConfig, programs: Programs, signatures: dict[str, Any]) -> None:
+    """Raises UserError unless the programs, read back, give what they gave before, and the steps the whole sequence."""
+    before = {key: jax.jit(function) for key, (function, _) in programs.items()}
+    reloaded = {
         key: jax.jit(export.deserialize(bytearray((directory / f"{key}.stablehlo").read_bytes())).call)
-        for key in signatures
+        for key in programs
     }
+    chunk, same, steps = config.chunk_length, SAME[config.dtype], STEPS[config.dtype]
     tensors = Tensors(directory)
-    parameters = {name: tensors[name] for name in tensors}
-    prepared = programs["prepare"](parameters)
-    model = jax.jit(lambda params, *inputs: nnx.merge(nnx.graphdef(source.model), params)(*inputs))
+    parameters = {name: jnp.asarray(tensors[name]) for name in tensors}
     generator = np.random.default_rng(0)
-    low = 1 if config.pad_id == 0 else 0
-    tokens = generator.integers(low, config.vocab_size, (3, length), np.int32)
-    tokens[1, -chunk // 2 :] = config.pad_id
-    shape = (3, length // chunk, source.neighbours, config.neighbour_length)
-    near = generator.integers(low, config.vocab_size, shape, np.int32)
-    for mode, inputs in {"_off": (tokens,), "": (tokens, near)}.items():
-        if f"forward{mode}" not in programs:
+
+    def drawn(described: jax.ShapeDtypeStruct) -> np.ndarray:
+        low = 1 if config.pad_id == 0 else 0
+        return generator.integers(low, config.vocab_size, (2, *described.shape[1:]), np.int32)
+
+    for key, (_, (_, *inputs)) in programs.items():
+        if not key.startswith("forward"):
             continue
-        expected = np.asarray(model(source.params, *inputs))
-        _require_close(f"forward{mode}", directory, programs[f"forward{mode}"](parameters, *inputs), expected)
+        tokens, *near = map(drawn, inputs)
+        tokens[1, -chunk // 2 :] = config.pad_id
+        expected = np.asarray(reloaded[key](parameters, tokens, *near))
+        _require_close(key, directory, expected, before[key](parameters, tokens, *near), same)
         # One row by itself: the batch is a symbol.
-        state = _zeros(signatures["step"]["arguments"][1], 1)
-        for slot in range(2 * chunk):
-            if (slot + 1) % chunk:
-                arguments: tuple[Any, ...] = ("step",)
-            else:
-                arguments = (f"step_end{mode}",) if mode else ("step_end", near[:1, slot // chunk])
-            found, state = programs[arguments[0]](prepared, state, tokens[:1, slot], np.int32(slot), *arguments[1:])
-            _require_close(arguments[0], directory, found, expected[:1, slot])
+        prepared, state = reloaded["prepare"](parameters), _zeros(signatures["step"]["arguments"][1], 1)
+        for slot in range(min(2 * chunk, tokens.shape[1])):
+            ends = (slot + 1) % chunk == 0
+            step = key.replace("forward", "step_end") if ends else "step"
+            beside = [each[:1, slot // chunk] for each in near] if ends else []
+            arguments = (prepared, state, tokens[:1, slot], np.int32(slot), *beside)
+            found, state = reloaded[step](*arguments)
+            _require_close(step, directory, found, before[step](*arguments)[0], same)
+            _require_close(step, directory, found, expected[:1, slot], steps)
 
 
 def _zeros(described: Any, batch: int) -> Any:
@@ -174,9 +205,10 @@ def _zeros(described: Any, batch: int) -> Any:
     return jax.tree.map(zeros, described)
 
 
-def _require_close(program: str, directory: Path, found: Any, expected: np.ndarray) -> None:
-    worst = float(np.max(np.abs(np.asarray(found) - expected)))
-    if not worst <= TOLERANCE * max(1.0, float(np.abs(expected).max())):
+def _require_close(program: str, directory: Path, found: Any, expected: Any, tolerance: float) -> None:
+    found, expected = np.asarray(found), np.asarray(expected)
+    worst = float(np.max(np.abs(found - expected)))
+    if not worst <= tolerance * max(1.0, float(np.abs(expected).max())):
         raise UserError(
             f"{directory}: {program} reloaded gives logits {worst:.1e} off the model's; nothing was exported"
         )

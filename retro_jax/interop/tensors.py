@@ -133,7 +133,7 @@ class Tensors(Mapping[str, np.ndarray]):
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
             if any(Path(name).name != name for name in names):  # a file elsewhere is none of this checkpoint
                 raise ValueError
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(f"{index}: not the index of a sharded safetensors checkpoint") from None
         missing = [name for name in names if not (self.directory / name).is_file()]
         if missing:

@@ -4,11 +4,11 @@ from retro_jax.model.parameters import (
     abstract_parameters,
     assemble,
     count_parameters,
+    fill_layers,
     from_layers,
     layer_reader,
     layer_shapes,
     matrix_parameters,
-    replace_layers,
     to_layers,
 )
 from retro_jax.model.presets import PRESETS, every_third, preset
@@ -22,12 +22,12 @@ __all__ = [
     "assemble",
     "count_parameters",
     "every_third",
+    "fill_layers",
     "from_layers",
     "layer_reader",
     "layer_shapes",
     "logical_axes",
     "matrix_parameters",
     "preset",
-    "replace_layers",
     "to_layers",
 ]

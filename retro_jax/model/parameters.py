@@ -19,6 +19,7 @@ and where the decoder is of another form (`RetroConfig.num_kv_heads` to `ffw_bia
 
 import functools
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -63,6 +64,15 @@ def layer_reader(params: nnx.State, config: RetroConfig) -> Callable[[str], Any]
         return param[...] if index is None else param[index]
 
     return read
+
+
+def layer_places(config: RetroConfig) -> dict[str, tuple[Path, int | None]]:
+    """Of each name of `to_layers` the path of its array in the flat state, and the index along a stacked axis or None.
+
+    In the order of `layer_shapes`: the names of one array follow one another.
+    """
+    paths = (path for path, _ in nnx.to_flat_state(abstract_parameters(config)))
+    return {name: (path, index) for path in paths for name, index in _names(path, config)}
 
 
 def layer_shapes(config: RetroConfig) -> dict[str, jax.ShapeDtypeStruct]:
@@ -130,32 +140,43 @@ def assemble(config: RetroConfig, read: Callable[[str], Any]) -> nnx.State:
     return nnx.from_flat_state(state)
 
 
-def replace_layers(params: nnx.State, config: RetroConfig, give: Callable[[str], Any | None]) -> nnx.State:
-    """Parameters with those in another's place that `give` has, each laid out on the devices as what it replaces.
+def fill_layers(params: nnx.State, config: RetroConfig, give: Callable[[str], Any]) -> nnx.State:
+    """Parameters on the devices, made one array after the other where there are none yet.
+
+    All layers of a kind follow each other, so that one who gives them out of other stacks needs one stack at a time.
 
     Args:
-      params: of the model, on devices; all processes of a run make the same call.
+      params: arrays, and a `jax.ShapeDtypeStruct` with a sharding for each that is to be made; all processes of a run
+        make the same call.
       config: the model's.
-      give: the array of a name of `to_layers`, or None to keep what is there; of a stack all or none.
+      give: the array of a name of `to_layers`; called once for each that is made.
 
     Raises:
       UserError: an array has another shape than the configuration's.
     """
     state = []
-    for path, param in nnx.to_flat_state(params):
-        given = [(name, index, give(name)) for name, index in _names(path, config)]
-        if all(value is None for _, _, value in given):
-            state.append((path, param))
-            continue
-        whole = np.empty(param.shape, param.dtype)
-        for name, index, value in given:
-            place = whole if index is None else whole[index]
-            if value.shape != place.shape:
-                raise UserError(f"parameter {name} has shape {value.shape}, the configuration needs {place.shape}")
-            place[...] = value
-        array = jax.make_array_from_callback(whole.shape, param[...].sharding, whole.__getitem__)
-        state.append((path, param.replace(array)))
+    for path, param in sorted(nnx.to_flat_state(params), key=lambda item: _kind(item[0], config)):
+        wanted = param.get_value()
+        if isinstance(wanted, jax.ShapeDtypeStruct):
+            param = param.replace(_placed(path, wanted, config, give))
+        state.append((path, param))
     return nnx.from_flat_state(state)
+
+
+def _placed(path: Path, wanted: jax.ShapeDtypeStruct, config: RetroConfig, give: Callable[[str], Any]) -> jax.Array:
+    whole = np.empty(wanted.shape, wanted.dtype)
+    for name, index in _names(path, config):
+        place, value = whole if index is None else whole[index], give(name)
+        if value.shape != place.shape:
+            raise UserError(f"parameter {name} has shape {value.shape}, the configuration needs {place.shape}")
+        place[...] = value
+    return jax.make_array_from_callback(whole.shape, wanted.sharding, whole.__getitem__)
+
+
+def _kind(path: Path, config: RetroConfig) -> str:
+    """Name of the parameter without the number of its layer."""
+    name, _ = next(_names(path, config))
+    return re.sub(r"\d+", "", name)
 
 
 def _names(path: Path, config: RetroConfig) -> Iterator[tuple[str, int | None]]:

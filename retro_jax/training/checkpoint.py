@@ -170,14 +170,45 @@ def load_params(directory: str | os.PathLike, abstract: nnx.State, step: int | N
       UserError: there is no checkpoint, or not this one, or it is damaged or of another configuration.
     """
     directory = Path(directory).absolute()
-    steps = saved_steps(directory)
+    step = _saved_step(directory, step)
     with ocp.training.Checkpointer(directory) as checkpointer:
-        if step is not None and step not in steps:
-            raise UserError(f"{directory}: no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
-        step = steps[-1] if step is None else step
         wanted = {"params": to_nested_dict(abstract)}
         items, _ = _load(checkpointer, step, wanted, lambda earlier: f"--step={earlier} takes the one before it")
     return from_nested_dict(abstract, items["params"]), step
+
+
+def open_params(
+    directory: str | os.PathLike, abstract: nnx.State, step: int | None = None
+) -> Callable[[tuple[str | int, ...]], jax.Array]:
+    """As `load_params`, without reading the parameters yet.
+
+    Returns:
+      Gives the array at a path of `nnx.to_flat_state(abstract)`, read from disk at every call and kept by nobody;
+      raises UserError where it is damaged.
+    """
+    directory = Path(directory).absolute()
+    step = _saved_step(directory, step)
+    leaves = dict(nnx.to_flat_state(abstract))
+
+    def remedy(earlier: int) -> str:
+        return f"{directory / str(earlier)} is the one before it"
+
+    with ocp.training.Checkpointer(directory) as checkpointer, _damage_told(checkpointer, step, remedy):
+        record = _record(checkpointer, step)
+        _check_shapes(directory / str(step), record["arrays"], {"params": to_nested_dict(abstract)})
+    partly = ocp.Context()
+    partly.pytree.loading.partial_load = True
+
+    def read(path: tuple[str | int, ...]) -> jax.Array:
+        wanted = {"params": to_nested_dict(nnx.from_flat_state([(path, leaves[path])]))}
+        with (
+            ocp.training.Checkpointer(directory, context=partly) as checkpointer,
+            _damage_told(checkpointer, step, remedy),
+        ):
+            (array,) = jax.tree.leaves(_arrays(checkpointer, step, wanted, record))
+        return array
+
+    return read
 
 
 def saved_steps(directory: str | os.PathLike) -> list[int]:
@@ -194,6 +225,14 @@ def saved_steps(directory: str | os.PathLike) -> list[int]:
     if not steps:
         raise UserError(f"{directory}: no complete checkpoint here; train first")
     return steps
+
+
+def _saved_step(directory: Path, step: int | None) -> int:
+    """The step, or the newest; raises UserError where it is not there."""
+    steps = saved_steps(directory)
+    if step is not None and step not in steps:
+        raise UserError(f"{directory}: no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
+    return steps[-1] if step is None else step
 
 
 class _DamagedError(Exception):
@@ -246,15 +285,29 @@ def _load(
     checkpointer: ocp.training.Checkpointer, step: int, wanted: dict[str, Any], remedy: Callable[[int], str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The wanted items and the record; `remedy` says how to get the checkpoint of an earlier step instead."""
-    try:
+    with _damage_told(checkpointer, step, remedy):
         record = _record(checkpointer, step)
         _check_shapes(checkpointer.directory / str(step), record["arrays"], wanted)
-        items = _readable(lambda: dict(checkpointer.load_checkpointables(step, dict(wanted))))
-        hosts.barrier("loaded")  # the digests cross the devices, where a process is waited for but for a short time
-        for name, digest in digests(_flat(items)).items():
-            if digest != record["arrays"][name][0]:
-                raise _DamagedError(f"{name} is not what was saved")
-        return items, record
+        return _arrays(checkpointer, step, wanted, record), record
+
+
+def _arrays(
+    checkpointer: ocp.training.Checkpointer, step: int, wanted: dict[str, Any], record: dict[str, Any]
+) -> dict[str, Any]:
+    """The wanted items, which have the digests of the record."""
+    items = _readable(lambda: dict(checkpointer.load_checkpointables(step, dict(wanted))))
+    hosts.barrier("loaded")  # the digests cross the devices, where a process is waited for but for a short time
+    for name, digest in digests(_flat(items)).items():
+        if digest != record["arrays"][name][0]:
+            raise _DamagedError(f"{name} is not what was saved")
+    return items
+
+
+@contextlib.contextmanager
+def _damage_told(checkpointer: ocp.training.Checkpointer, step: int, remedy: Callable[[int], str]) -> Iterator[None]:
+    """Turns damage into one line with a way out."""
+    try:
+        yield
     except _DamagedError as error:
         earlier = [other.step for other in checkpointer.checkpoints if other.step < step]
         way_out = remedy(earlier[-1]) if earlier else "there is none before it"

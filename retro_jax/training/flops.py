@@ -2,9 +2,10 @@
 
 Two per multiply-add, matrix products only: what stands beside them (norms, softmax, GELU) is below a few per cent.
 
-- Model FLOPs are what the mathematics asks for: one forward pass, and a backward pass of twice as much. Decoder
-  self-attention is causal, so half of its T x T products count (`causal=True`; with False all of them, as some
-  published figures do). What is computed again to save memory does not count.
+- Model FLOPs are what the mathematics asks for: one forward pass, and a backward pass of twice as much. Of a decoder
+  that is frozen (RETROfit) the weights have no gradient, and what stands before the first trained parameter has no
+  backward pass. Decoder self-attention is causal, so half of its T x T products count (`causal=True`; with False all
+  of them, as some published figures do). What is computed again to save memory does not count.
 - Hardware FLOPs are what the program executes: recomputation, and masked or padded products where the code does them.
 
     MFU = step_flops / (peak_flops * seconds of a step * chips)       HFU = hardware_flops / (same)
@@ -40,12 +41,15 @@ class Product(NamedTuple):
 
     Attributes:
       part: field of `Flops`.
-      name: what they compute: "query", "key", "value", "relative", "scores", "mixed", "added", "hidden", "down" or
-        "head"; what a block can keep for its backward pass has the name that `remat` gives it.
+      name: what they compute: "query", "key", "value", "relative", "scores", "places" (the scores of positions),
+        "mixed", "added", "hidden", "down" or "head"; what a block can keep for its backward pass has the name that
+        `remat` gives it.
       flops: of the mathematics.
       executed: of the code, which also multiplies some of what is masked or at distances that do not occur.
       causal: half of `flops` is masked.
       per_batch: False for relative-position keys, which every micro-batch computes once for all its sequences.
+      backward: products of this size in the backward pass: of both operands' gradients, or of fewer.
+      differentiated: False where there is no backward pass at all, so that nothing is computed again for it.
     """
 
     part: str
@@ -54,6 +58,8 @@ class Product(NamedTuple):
     executed: float
     causal: bool = False
     per_batch: bool = True
+    backward: int = 2
+    differentiated: bool = True
 
 
 def forward_flops(
@@ -77,17 +83,18 @@ def forward_flops(
     """
     sums = dict.fromkeys(Flops._fields, 0.0)
     for product in _products(config, batch_size, length, neighbours, chunks):
-        sums[product.part] += product.flops / 2 if causal and product.causal else product.flops
+        sums[product.part] += _counted(product, causal)
     return Flops(**sums)
 
 
 def step_flops(config: TrainConfig, *, causal: bool = True) -> float:
-    """Model FLOPs of one optimizer step over all devices: three times the forward pass.
+    """Model FLOPs of one optimizer step over all devices: three times the forward pass, less where weights are frozen.
 
     Raises:
       UserError: `data.length` is 0 (take the stored length), which this cannot know.
     """
-    return 3 * forward_flops(config.model, *_shape(config), causal=causal).total
+    products = _products(config.model, *_shape(config), frozen=_is_frozen(config))
+    return sum((1 + product.backward) * _counted(product, causal) for product in products)
 
 
 def hardware_flops(config: TrainConfig) -> float:
@@ -101,20 +108,22 @@ def hardware_flops(config: TrainConfig) -> float:
     """
     total = 0.0
     # Over `context` every part of the queries multiplies all keys.
-    for product in _products(config.model, *_shape(config), blocks=config.mesh.context == 1):
+    blocks = config.mesh.context == 1
+    for product in _products(config.model, *_shape(config), blocks=blocks, frozen=_is_frozen(config)):
+        again = _again(config.model.remat, product.name) if product.differentiated else 0
         if product.name == "head":
             total += _head(config, product)
         elif product.per_batch:
-            total += product.executed * (3 + _again(config.model.remat, product.name))
+            total += product.executed * (1 + product.backward + again)
         else:  # the sinusoids are constants, without a gradient
-            total += product.executed * (2 + _again(config.model.remat, product.name)) * config.microbatches
+            total += product.executed * (1 + min(product.backward, 1) + again) * config.microbatches
     return total
 
 
 def processed_tokens(config: TrainConfig) -> int:
     """Positions that a step computes: targets and, for a RETRO, the tokens that the encoder reads."""
     batch_size, length, neighbours, chunks = _shape(config)
-    if config.model.is_baseline:
+    if config.model.is_baseline or not neighbours:
         return batch_size * length
     read = chunks * neighbours * len(range(*config.model.neighbour_range))
     return batch_size * (length + read)
@@ -140,10 +149,19 @@ def _shape(config: TrainConfig) -> tuple[int, int, int, int]:
     """B, T, K and the chunks with neighbours, of what a step computes (`retro_jax.training.inputs`)."""
     if not config.data.length:
         raise UserError("FLOPs need data.length; 0 stands for the length that is stored")
+    neighbours = config.data.neighbours if config.cca_gate else 0
     if config.data.prompt:
-        return config.batch_size, config.data.length - 1, config.data.neighbours, 1
-    chunks = config.data.length // config.model.chunk_length
-    return config.batch_size, config.data.length, config.data.neighbours, chunks
+        return config.batch_size, config.data.length - 1, neighbours, 1
+    return config.batch_size, config.data.length, neighbours, config.data.length // config.model.chunk_length
+
+
+def _is_frozen(config: TrainConfig) -> bool:
+    """Whether the weights of the decoder, those of its cross-attention apart, are not trained."""
+    return config.init_from != "" and not config.unfreeze_decoder
+
+
+def _counted(product: Product, causal: bool) -> float:
+    return product.flops / 2 if causal and product.causal else product.flops
 
 
 def _head(config: TrainConfig, head: Product) -> float:
@@ -151,8 +169,8 @@ def _head(config: TrainConfig, head: Product) -> float:
     vocab = config.model.vocab_size
     blocks = math.ceil(vocab / config.vocab_block) if config.vocab_block else 1
     if blocks == 1:
-        return 3 * head.executed
-    return 4 * head.executed * blocks * math.ceil(vocab / blocks) / vocab
+        return (1 + head.backward) * head.executed
+    return (2 + head.backward) * head.executed * blocks * math.ceil(vocab / blocks) / vocab
 
 
 def _again(remat: str, name: str) -> int:
@@ -170,22 +188,33 @@ def _products(
     chunks: int | None = None,
     *,
     blocks: bool = True,
+    frozen: bool = False,
 ) -> Iterator[Product]:
-    """Every kind of matrix product of one forward pass; arguments as `forward_flops`, `blocks` as `_causal_scores`."""
+    """Every kind of matrix product of one forward pass.
+
+    Arguments as `forward_flops`, `blocks` as `_causal_scores`; with `frozen` the decoder's weights have no gradient.
+    """
     chunks = length // config.chunk_length if chunks is None else chunks
     heads, encoder_heads = config.num_heads * config.head_size, config.encoder_num_heads * config.encoder_head_size
     tokens = batch_size * length
-    yield from _times(
-        config.num_layers,
-        *_projections(
-            "decoder", (tokens, config.width), (tokens, config.width), heads, config.kv_heads * config.head_size
-        ),
-        *_low_rank(config, tokens),
+    stream = (tokens, config.width)
+    attention = [
+        *_projections("decoder", stream, stream, heads, config.kv_heads * config.head_size),
         *_causal_scores(config, batch_size, length, heads, blocks),
-        *_feed_forward("decoder", tokens, config.width, config.ffw_width, gated=config.ffw == "swiglu"),
-    )
+    ]
+    ffw = _feed_forward("decoder", *stream, config.ffw_width, gated=config.ffw == "swiglu")
     logits = 2.0 * tokens * config.width * config.vocab_size
-    yield Product("head", "head", logits, logits)
+    head = Product("head", "head", logits, logits)
+    if frozen:
+        # ATTN of layer min(P) and what stands before it lead to nothing that is trained, but for LoRA.
+        still = 0 if config.lora_rank else min(config.cca_layers, default=config.num_layers)
+        yield from _partly(config.num_layers, still, attention)
+        yield from _partly(config.num_layers, max(still - 1, 0), ffw)
+        yield _frozen(head)
+    else:
+        yield from _times(config.num_layers, *attention, *ffw)
+        yield head
+    yield from _times(config.num_layers, *_low_rank(config, tokens))
     if config.is_baseline or not neighbours or not chunks:
         return
     m, r = config.chunk_length, len(range(*config.neighbour_range))
@@ -209,6 +238,18 @@ def _products(
         *_projections("encoder", encoder, decoder, encoder_heads),
         *_scores("encoder", encoder, m, (m, m + r), encoder_heads, relative_cross),
     )
+
+
+def _partly(layers: int, still: int, layer: list[Product]) -> Iterator[Product]:
+    """Products of a frozen layer, `layers` times, of which the first `still` have no backward pass."""
+    yield from _times(still, *(product._replace(backward=0, differentiated=False) for product in layer))
+    yield from _times(layers - still, *map(_frozen, layer))
+
+
+def _frozen(product: Product) -> Product:
+    """With constants in the place of its weight, or of what was made of weights alone."""
+    constant = {"scores": 0, "mixed": 0, "relative": 2}
+    return product._replace(backward=product.backward - constant.get(product.name, 1))
 
 
 def _projections(
@@ -239,7 +280,7 @@ def _scores(
     found = [Product(part, "scores", pairs, pairs), Product(part, "mixed", pairs, pairs)]
     if relative:
         needed, computed = (2.0 * positions * count * heads for count in places)
-        found.append(Product(part, "scores", needed, computed))
+        found.append(Product(part, "places", needed, computed))
         found.append(_relative(part, places[1], width, heads))
     return found
 
@@ -254,7 +295,7 @@ def _causal_scores(config: RetroConfig, batch_size: int, length: int, heads: int
     found = [Product("decoder", name, pairs, executed, causal=True) for name in ("scores", "mixed")]
     if config.positions == "transformer_xl":
         executed = 2.0 * batch_size * heads * sum(queries * (keys + 1) for queries, keys in spans)
-        found.append(Product("decoder", "scores", pairs, executed, causal=True))
+        found.append(Product("decoder", "places", pairs, executed, causal=True))
         found.append(_relative("decoder", length + 1, config.width, heads))
     return found
 

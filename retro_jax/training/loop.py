@@ -75,7 +75,8 @@ def train(
       profile: first step and number of steps that the profiler records into `<workdir>/profile`.
       profile_all: in every process, not the first alone.
       began: `time.time()` when the program was started, for the ledger; now by default.
-      base: the model of `config.init_from`; its parameters are read at the first start alone.
+      base: the model of `config.init_from`. All of its parameters are read at the first start alone; once there is a
+        checkpoint, it need not be there any more (`retrofit.known_base`).
 
     Raises:
       UserError: anything the user can mend, before any long work starts; too little memory; or too many bad steps.
@@ -125,7 +126,7 @@ def train(
         resources.enter_context(_named_memory())
         if primary:
             resources.enter_context(claim_workdir(workdir))
-            open_workdir(workdir, config, sources[0].tokenizer_path)
+            open_workdir(workdir, config, sources[0].tokenizer_path, base and base.record())
             (workdir / SHARDINGS).write_text(table + "\n", encoding="utf-8")
         hosts.agree(0, "workdir")
         checkpoints = resources.enter_context(Checkpoints(workdir / CHECKPOINTS, config.checkpoint))
@@ -148,10 +149,10 @@ def train(
             state, data, validated = checkpoints.restore(abstract, first, went_back_to=went_back_to(workdir))
             batches.check_state(data)
             _discard_newer(checkpoints, first, newest, workdir, resume_from)
+        elif base is not None:
+            state, validated = retrofit.begin(config, plan, optimizer, mesh, base), None
         else:
             state, validated = initialise(config.model, plan, optimizer, mesh, config.seed), None
-            if base is not None:
-                state = dataclasses.replace(state, params=retrofit.begin(state.params, config, base))
         ledger.resume(first)
         if primary:
             if mesh.size > 1:

@@ -47,22 +47,11 @@ class ModelPlan:
 
     def split(self, tree: nnx.State) -> tuple[nnx.State, nnx.State | None]:
         """What is trained of a tree like `params`, and the rest: each with None where the other has an array."""
-        if self.trained is None:
-            return tree, None
-        leaves, treedef = jax.tree.flatten(tree)
-        kept, rest = (
-            treedef.unflatten(
-                [leaf if trained is wanted else None for leaf, trained in zip(leaves, self.trained, strict=True)]
-            )
-            for wanted in (True, False)
-        )
-        return kept, rest
+        return (tree, None) if self.trained is None else _divided(tree, self.trained)
 
     def join(self, kept: nnx.State, rest: nnx.State | None) -> nnx.State:
         """Inverse of `split`."""
-        if rest is None:
-            return kept
-        return jax.tree.map(lambda a, b: b if a is None else a, kept, rest, is_leaf=lambda leaf: leaf is None)
+        return kept if rest is None else _joined(kept, rest)
 
 
 def plan_model(config: RetroConfig, mesh: Mesh, trains: Callable[[tuple[str, ...]], bool] | None = None) -> ModelPlan:
@@ -77,10 +66,7 @@ def plan_model(config: RetroConfig, mesh: Mesh, trains: Callable[[tuple[str, ...
     graphdef, params = nnx.split(model)
     axes = logical_axes(params)
     params = _with_shardings(params, rules.shardings(axes, params, mesh))
-    trained = None
-    if trains is not None:
-        trained = tuple(trains(tuple(_names(path))) for path, _ in jax.tree_util.tree_leaves_with_path(params))
-    return ModelPlan(graphdef, axes, params, trained)
+    return ModelPlan(graphdef, axes, params, None if trains is None else _chosen(params, trains))
 
 
 def named_params(plan: ModelPlan) -> dict[str, jax.ShapeDtypeStruct]:
@@ -113,16 +99,33 @@ def plan_state(plan: ModelPlan, optimizer: optax.GradientTransformation, mesh: M
 
 
 def initialise(
-    config: RetroConfig, plan: ModelPlan, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int
+    config: RetroConfig,
+    plan: ModelPlan,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    seed: int,
+    draws: Callable[[tuple[str, ...]], bool] = lambda path: True,
 ) -> TrainState:
-    """A fresh state, made directly in its shardings; the same numbers on every mesh."""
+    """A fresh state, made directly in its shardings; the same numbers on every mesh.
+
+    Args:
+      config: the model.
+      plan, optimizer, mesh: of the run.
+      seed: of the parameters.
+      draws: says of the path of a parameter whether it is made. The others take no memory, and are abstract as in the
+        plan.
+    """
+    drawn = _chosen(plan.params, draws)
+    wanted, others = _divided(plan.params, drawn)
 
     def create() -> TrainState:
         _, params = nnx.split(Retro(config, rngs=nnx.Rngs(seed)))
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(plan.split(params)[0]), healthy())
+        opt_state = optimizer.init(plan.split(params)[0])
+        return TrainState(jnp.zeros((), jnp.int32), _divided(params, drawn)[0], opt_state, healthy())
 
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, plan_state(plan, optimizer, mesh))
-    return jax.jit(create, out_shardings=shardings)()
+    abstract = dataclasses.replace(plan_state(plan, optimizer, mesh), params=wanted)
+    state = jax.jit(create, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()
+    return dataclasses.replace(state, params=_joined(state.params, others))
 
 
 def to_nested_dict(tree: Any) -> dict[str, Any]:
@@ -147,6 +150,26 @@ def from_nested_dict(like: Any, nested: dict[str, Any]) -> Any:
         return level
 
     return jax.tree_util.tree_map_with_path(pick, like)
+
+
+def _chosen(tree: Any, chooses: Callable[[tuple[str, ...]], bool]) -> tuple[bool, ...]:
+    """For each leaf of a tree, in their order, what `chooses` says of its path."""
+    return tuple(chooses(tuple(_names(path))) for path, _ in jax.tree_util.tree_leaves_with_path(tree))
+
+
+def _divided(tree: Any, chosen: tuple[bool, ...]) -> tuple[Any, Any]:
+    """The leaves that are chosen, and the others: each tree with None where the other has a leaf."""
+    leaves, treedef = jax.tree.flatten(tree)
+    kept, rest = (
+        treedef.unflatten([leaf if choice is wanted else None for leaf, choice in zip(leaves, chosen, strict=True)])
+        for wanted in (True, False)
+    )
+    return kept, rest
+
+
+def _joined(kept: Any, rest: Any) -> Any:
+    """Inverse of `_divided`."""
+    return jax.tree.map(lambda a, b: b if a is None else a, kept, rest, is_leaf=lambda leaf: leaf is None)
 
 
 def _names(path: tuple[Any, ...]) -> list[str]:

@@ -17,7 +17,7 @@ from retro_jax.training.state import ModelPlan
 
 
 class Validation:
-    """Mean loss over `validation.examples` sequences, as trained and, for a RETRO, without neighbours.
+    """Mean loss over `validation.examples` sequences, as trained and, where neighbours are read, without them.
 
     The result does not depend on the mesh, the number of processes, the batch size and the micro-batches: each
     sequence's nats are added up on the host, in float64, and those that fill up the last batch are left out.
@@ -48,6 +48,8 @@ class Validation:
         self._batch_size = config.batch_size // config.microbatches
         self._sharding = rules.batch_sharding(mesh)
         self._rows = hosts.batch_rows(self._sharding, self._batch_size)
+        both = config.cca_gate and not config.model.is_baseline
+        self._modes = ("validation_loss", "validation_loss_off") if both else ("validation_loss",)
 
         def nats(params: nnx.State, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
             """Nats and number of scored tokens of each sequence, [B] each."""
@@ -63,20 +65,20 @@ class Validation:
         self._nats = jax.jit(nats, in_shardings=(shardings, self._sharding), out_shardings=rules.replicated(mesh))
 
     def measure(self, params: nnx.State, stopping: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
-        """`validation_loss` and, for a RETRO, `validation_loss_off`, in nats per scored token.
+        """`validation_loss` and, where neighbours are read, `validation_loss_off`, in nats per scored token.
 
         Args:
           params: of the model.
           stopping: asked between batches, equally often in all processes; once it is True, there is no result.
         """
-        modes = ["validation_loss"] if self._config.model.is_baseline else ["validation_loss", "validation_loss_off"]
-        sums = {mode: np.zeros(2) for mode in modes}
+        sums = {mode: np.zeros(2) for mode in self._modes}
         for first in range(0, self._count, self._batch_size):
             if first and stopping():
                 return None
             batch = self._batch(first)
-            for mode in modes:
-                parts = {"tokens": batch["tokens"]} if mode == modes[-1] and len(modes) > 1 else batch
+            for mode in self._modes:
+                reads = mode == "validation_loss" and self._config.cca_gate
+                parts = batch if reads else {"tokens": batch["tokens"]}
                 found = np.asarray(jax.device_get(self._nats(params, parts)), np.float64)
                 sums[mode] += found[:, : self._count - first].sum(axis=1)
         return {mode: float(nats / max(tokens, 1.0)) for mode, (nats, tokens) in sums.items()}

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from retro_jax.config import TrainConfig, from_dict, to_dict
 from retro_jax.data.stage import TEMPORARY, atomic_write, file_sha256, write_json
@@ -14,10 +15,11 @@ SHARDINGS = "shardings.txt"  # how the parameters lie on the mesh of the last st
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer.model"
 WENT_BACK = "went_back.json"
+BASE = "base.json"  # the model that the run began with
 
 # Settings that change no number of the run beyond the last digits, so that a resumed run may have others: where and in
 # which order the same sums are computed, what is kept, what is looked at besides. Sequences may have moved: their
-# fingerprints stand in every checkpoint; so may the model that the run began with.
+# fingerprints stand in every checkpoint; so may the model that the run began with, whose fingerprint is kept.
 # `stability` only says when a run that goes wrong is stopped.
 CHANGEABLE = (
     "mesh.",
@@ -46,7 +48,9 @@ def claim_workdir(workdir: str | os.PathLike) -> DirectoryLock:
     return DirectoryLock(workdir, "wait for that run, stop it, or give another --workdir")
 
 
-def open_workdir(workdir: str | os.PathLike, config: TrainConfig, tokenizer: Path) -> Path:
+def open_workdir(
+    workdir: str | os.PathLike, config: TrainConfig, tokenizer: Path, base: dict[str, Any] | None = None
+) -> Path:
     """Creates the directory, or checks that it belongs to this very configuration, and records what the run is.
 
     Args:
@@ -54,9 +58,12 @@ def open_workdir(workdir: str | os.PathLike, config: TrainConfig, tokenizer: Pat
       config: the run.
       tokenizer: SentencePiece model its data was made with; copied, so that the run can be evaluated and sampled
         when its data is gone.
+      base: `retrofit.Base.record` of the model that the run begins with; None where there is none, or where it is
+        there no more.
 
     Raises:
-      UserError: it holds another run (each differing setting is named), or other files.
+      UserError: it holds another run (each differing setting is named), one that began with another model, or other
+        files.
     """
     workdir = Path(workdir)
     _refuse_other_files(workdir)
@@ -72,13 +79,34 @@ def open_workdir(workdir: str | os.PathLike, config: TrainConfig, tokenizer: Pat
             raise UserError(
                 f"{workdir} belongs to a run with {', '.join(different)}; give another --workdir or the same settings"
             )
+    known = begun_with(workdir)
+    if base and known and known["fingerprint"] != base["fingerprint"]:
+        raise UserError(
+            f"{workdir} began with another model, {known['fingerprint']} of {known['init_from']}, than "
+            f"{base['init_from']} is now, {base['fingerprint']}; give another --workdir or the model it began with"
+        )
     if not (workdir / TOKENIZER).is_file():
         with atomic_write(workdir / TOKENIZER) as temporary:
             temporary.write_bytes(tokenizer.read_bytes())
     elif file_sha256(workdir / TOKENIZER) != file_sha256(tokenizer):
         raise UserError(f"{workdir} was begun with another tokenizer than {tokenizer}; give another --workdir")
     write_json(workdir / CONFIG, to_dict(config))
+    if base:
+        write_json(workdir / BASE, base)
     return workdir
+
+
+def begun_with(workdir: str | os.PathLike) -> dict[str, Any] | None:
+    """`retrofit.Base.record` of the model that the run of this directory began with, or None.
+
+    Raises:
+      UserError: it is not readable.
+    """
+    path = Path(workdir) / BASE
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); the model that the run began with cannot be told") from None
 
 
 def load_config(workdir: str | os.PathLike) -> TrainConfig:

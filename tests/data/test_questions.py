@@ -30,6 +30,8 @@ def test_lines_and_lists_plain_and_gzipped_are_read_alike(tmp_path, name, as_lis
 
 
 def test_what_is_written_is_read_again(tmp_path):
+    (numbered,) = read_questions(write(tmp_path / "q.jsonl", [{**GOOD, "id": 7, "title": None}]))
+    assert (numbered.id, numbered.title) == ("7", "")
     question = Question("7", "Wer?", ("Åse",), "Åse", (Passage("T", "x", "p1"), Passage("", "y")), "Titel", "p1")
     assert list(read_questions(write(tmp_path / "q.jsonl", [question.as_json()]))) == [question]
 
@@ -58,6 +60,12 @@ def test_a_target_alone_is_the_answer_and_answers_are_drawn_by_seed_and_number(t
         ({**GOOD, "ctxs": [{"title": "T"}]}, "passage 1 of ctxs: text is missing"),
         ({**GOOD, "ctxs": [GOOD["ctxs"][0], "T"]}, "passage 2 of ctxs is no object"),
         ({**GOOD, "question": "\ud800"}, "question holds a lone surrogate"),
+        ({**GOOD, "answers": ["Ann", "\ud800"]}, "answers holds a lone surrogate"),
+        ({**GOOD, "title": "\ud800"}, "title holds a lone surrogate"),
+        ({**GOOD, "passage_id": "\ud800"}, "passage_id holds a lone surrogate"),
+        ({**GOOD, "id": "\ud800"}, "id holds a lone surrogate"),
+        ({**GOOD, "id": ["\ud800"]}, "id is neither a string nor a number"),
+        ({**GOOD, "ctxs": [{**GOOD["ctxs"][0], "id": "\ud800"}]}, "passage 1 of ctxs: id holds a lone surrogate"),
     ],
 )
 @pytest.mark.parametrize("as_list", [False, True])

@@ -9,7 +9,7 @@ import sentencepiece
 import tokenizers
 from sample_data import SAMPLE
 from test_tokenizer import DIFFICULT
-from tokenizers import models, normalizers, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from retro_jax.data.text import read_documents
 from retro_jax.data.tokenizer import Tokenizer
@@ -141,6 +141,17 @@ def test_the_end_of_a_document_is_no_text_where_it_is_not_listed_as_special(tmp_
     assert ours.token_bytes[ours.eos_id] == 0 and not ours.is_text(np.array([ours.pad_id, ours.bos_id])).any()
     ids = ours.encode("text<|endoftext|>")
     assert ours.eos_id not in ids and ours.decode(ids) == "text<|endoftext|>" and ours.is_text(np.array(ids)).all()
+
+
+def test_a_token_of_other_characters_than_those_of_bytes_stands_for_itself(tmp_path):
+    values = json.loads(gpt_2().to_str())
+    values["model"]["vocab"]["\u65e5 \u672c"] = token = len(values["model"]["vocab"])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    ours = Tokenizer(tmp_path / "tokenizer.json")
+    native = tokenizers.Tokenizer.from_str(json.dumps(values))
+    native.decoder = decoders.ByteLevel()
+    assert ours.decode([token]) == native.decode([token]) == "\u65e5 \u672c"
+    assert token not in ours.encode("\u65e5 \u672c") and ours.decode(ours.encode("\u65e5 \u672c")) == "\u65e5 \u672c"
 
 
 def test_a_model_that_normalises_is_refused(tmp_path):

@@ -10,11 +10,15 @@ from small_run import SAMPLE
 from tokenizers import Tokenizer as Json
 from tokenizers import models, pre_tokenizers, trainers
 
-from retro_jax.config import RetroConfig, RopeScaling
+from retro_jax.config import CheckpointConfig, DataConfig, RetroConfig, RopeScaling, TrainConfig
 from retro_jax.data.text import read_documents
 from retro_jax.data.tokenizer import Tokenizer, train_tokenizer
 from retro_jax.interop.pretrained import Pretrained
 from retro_jax.model import abstract_parameters
+from retro_jax.training.checkpoint import Checkpoints
+from retro_jax.training.health import healthy
+from retro_jax.training.state import TrainState
+from retro_jax.training.workdir import CHECKPOINTS, open_workdir
 
 RETRO = RetroConfig(
     vocab_size=290,
@@ -77,3 +81,14 @@ def pretrained(config: RetroConfig, given: Tokenizer | None = None, *, seed: int
     draw = lambda leaf: jnp.asarray(generator.normal(0, 0.5, leaf.shape), leaf.dtype)  # noqa: E731
     params = jax.tree.map(draw, abstract_parameters(config))
     return Pretrained(config, params, given, context, 0 if config.is_baseline else 2)
+
+
+def write_run(workdir: Path, source: Pretrained) -> Path:
+    """A run with this model as its checkpoint of step 1; `source` has a tokenizer."""
+    data = DataConfig(sequences=("sequences",), length=source.context, neighbours=source.neighbours or 1)
+    config = TrainConfig(model=source.config, data=data, init_from="base" if source.base_settings else "")
+    base = {"init_from": "base", "model": {}, "settings": source.base_settings, "fingerprint": ""}
+    open_workdir(workdir, config, source.tokenizer.path, base if source.base_settings else None)
+    with Checkpoints(workdir / CHECKPOINTS, CheckpointConfig()) as checkpoints:
+        checkpoints.save(1, TrainState(jnp.zeros((), jnp.int32), source.params, (), healthy()), {})
+    return workdir

@@ -141,6 +141,7 @@ def test_pickled_weights_are_never_loaded(copy, tmp_path, suffix):
         ({"num_attention_heads": 0}, "num_attention_heads is 0, not a whole number above 0"),
         ({"hidden_size": "16"}, "hidden_size is '16', not a whole number above 0"),
         ({"vocab_size": None}, "a setting is of another type than llama models have"),
+        ({"max_position_embeddings": 1e5}, "max_position_embeddings is 100000.0, not a whole number above 0"),
         ({"rope_scaling": "linear"}, "a setting is of another type than llama models have"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "rope_scaling.factor must be at least 1, is 0.5"),
         (
@@ -167,6 +168,12 @@ def test_files_that_are_not_what_they_should_be(copy, tmp_path):
     assert "not JSON" in line(directory)
     (directory / "config.json").write_text('{"format": "retro_jax", "version": 7}')
     assert "version 7 of the format" in line(directory)
+    deep = "[" * 200_000
+    (directory / "config.json").write_text(deep)
+    assert "not JSON" in line(directory)
+    directory = copy("hf")
+    (directory / "model.safetensors.index.json").write_text(deep)
+    assert "not the index of a sharded safetensors checkpoint" in line(directory)
 
 
 def test_an_unknown_setting_is_named(copy):
@@ -174,6 +181,23 @@ def test_an_unknown_setting_is_named(copy):
     values = json.loads((directory / "config.json").read_text())
     edit_config(directory, model=values["model"] | {"widht": 3})
     assert "model.widht: unknown key; did you mean 'width'?" in line(directory)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"num_layers": 0}}, "config.json: model.num_layers must be positive, is 0"),
+        ({"context": "long"}, "context is 'long', not a number"),
+        ({"neighbours": -1}, "neighbours is -1, not a number"),
+        ({"base": []}, "config.json: base is [], not a group of settings"),
+        ({"base": {"max_position_embeddings": "x"}}, "config.json: max_position_embeddings is 'x', not a whole number"),
+    ],
+)
+def test_settings_that_cannot_be_are_named_with_their_file(copy, changes, message):
+    directory = copy("native")
+    values = json.loads((directory / "config.json").read_text())
+    edit_config(directory, **changes | {"model": values["model"] | changes.get("model", {})})
+    assert message in line(directory)
 
 
 def test_a_tokenizer_that_does_not_match(copy):

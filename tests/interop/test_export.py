@@ -1,18 +1,28 @@
 """What is exported is the model bit for bit, whole or not there; other tools read the same numbers out of it."""
 
 import dataclasses
+import gc
 import json
+import os
+import signal
+import subprocess
+import sys
 import tracemalloc
+import weakref
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from small_models import GPT_2, LLAMA, QWEN, RETRO, pretrained, tokenizer
+from small_models import GPT_2, LLAMA, QWEN, RETRO, pretrained, tokenizer, write_run
 
 import retro_jax
+from retro_jax.config import RopeScaling
 from retro_jax.errors import UserError
+from retro_jax.interop import checkpoint as checkpoint_module
 from retro_jax.interop import export as export_module
-from retro_jax.interop.export import export_huggingface, export_native
+from retro_jax.interop.checkpoint import open_checkpoint
+from retro_jax.interop.export import export_huggingface, export_native, new_directory
 from retro_jax.interop.tensors import Tensors, write_tensors
 from retro_jax.model import to_layers
 
@@ -23,6 +33,19 @@ MODELS = {
     "baseline": dataclasses.replace(LLAMA, cca_layers=()),
     "shared embedding": dataclasses.replace(RETRO, share_embeddings=True, encoder_width=16),
 }
+# Settings that a config.json spells in another way or not at all.
+PLAIN = dataclasses.replace(LLAMA, num_kv_heads=0, rope_scaling=RopeScaling("linear", 4.0, 64))
+LARGE = dataclasses.replace(LLAMA, width=256, num_layers=6, head_size=64, ffw_width=768, cca_layers=())
+# Killed when the weights are there and the rest is not.
+KILLED = """
+import os, signal, sys
+sys.path[:0] = sys.argv[2:]
+from small_models import RETRO, pretrained
+from retro_jax.interop import export
+
+export.model_card = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+export.export_native(pretrained(RETRO), sys.argv[1], name="Test")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +85,7 @@ def test_the_file_is_read_by_the_formats_own_library_under_the_documented_names(
     assert "`model.safetensors` has one tensor a parameter" in card and "`decoder.norm.scale`, `decoder" in card
 
 
-@pytest.mark.parametrize("config", [LLAMA, QWEN, GPT_2], ids=["llama", "qwen", "gpt-2"])
+@pytest.mark.parametrize("config", [LLAMA, QWEN, GPT_2, PLAIN], ids=["llama", "qwen", "gpt-2", "plain"])
 def test_a_hugging_face_export_with_its_retrieval_is_the_model_bit_for_bit(tmp_path, given, config):
     source = pretrained(config, given)
     export_huggingface(source, tmp_path / "model", name="Test", shard_bytes=4000)
@@ -72,13 +95,50 @@ def test_a_hugging_face_export_with_its_retrieval_is_the_model_bit_for_bit(tmp_p
     assert_same(retro_jax.load_pretrained(tmp_path / "model"), source)
 
 
-def test_without_its_retrieval_it_is_the_baseline(tmp_path):
-    config = dataclasses.replace(LLAMA, cca_layers=())
-    source = pretrained(config)
+@pytest.mark.parametrize("config", [LLAMA, PLAIN], ids=["llama", "plain"])
+def test_without_its_retrieval_it_is_the_baseline(tmp_path, config):
+    source = pretrained(dataclasses.replace(config, cca_layers=()))
     export_huggingface(source, tmp_path / "model", name="Test")
     found = retro_jax.load_pretrained(tmp_path / "model")
     assert found.config.is_baseline and found.neighbours == 0
     jax.tree.map(np.testing.assert_array_equal, found.params, source.params)
+
+
+def test_an_export_that_could_not_be_opened_is_not_there(tmp_path, monkeypatch):
+    def other(config, settings):
+        return write(config, settings) | {"rope_theta": 20_000.0}
+
+    write = export_module.write_config
+    monkeypatch.setattr(export_module, "write_config", other)
+    for config, reason in ((LLAMA, "made for another decoder"), (MODELS["baseline"], "read back is another one")):
+        with pytest.raises(UserError, match=reason):
+            export_huggingface(pretrained(config), tmp_path / "model", name="Test")
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("length", [12, 64])
+def test_the_context_and_the_end_tokens_of_the_base_are_written_back(tmp_path, given, length):
+    settings = {"max_position_embeddings": 48, "bos_token_id": 1, "eos_token_id": [2, 5], "pad_token_id": None}
+    source = dataclasses.replace(pretrained(LLAMA, given, context=length), base_settings=settings)
+    export_native(open_checkpoint(write_run(tmp_path / "run", source)), tmp_path / "native", name="Test")
+    export_huggingface(open_checkpoint(tmp_path / "native"), tmp_path / "hub", name="Test")
+    written = json.loads((tmp_path / "hub" / "config.json").read_text())
+    assert {name: written[name] for name in settings} == settings | {"max_position_embeddings": max(48, length)}
+    found = open_checkpoint(tmp_path / "hub")
+    assert found.base_settings == settings | {"max_position_embeddings": max(48, length)} and found.context == length
+
+
+def test_the_parameters_of_a_run_are_exported_bit_for_bit(tmp_path, given):
+    source = pretrained(LLAMA, given)
+    write_run(tmp_path / "run", source)
+    assert_same(open_checkpoint(tmp_path / "run" / "checkpoints" / "1").load(), source)
+    largest = max((tmp_path / "run" / "checkpoints" / "1" / "params").rglob("*"), key=lambda path: path.stat().st_size)
+    damaged = bytearray(largest.read_bytes())
+    damaged[len(damaged) // 2] ^= 0x10
+    largest.write_bytes(damaged)
+    with pytest.raises(UserError, match=r"1: damaged checkpoint \(params\..*; there is none before it"):
+        export_native(open_checkpoint(tmp_path / "run"), tmp_path / "model", name="Test")
+    assert not (tmp_path / "model").exists()
 
 
 @pytest.mark.parametrize("config", [LLAMA, QWEN, GPT_2], ids=["llama", "qwen", "gpt-2"])
@@ -125,6 +185,41 @@ def test_a_directory_that_is_there_is_not_touched(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["model", "mine.txt"]
 
 
+def test_a_killed_export_leaves_nothing_to_the_next(tmp_path):
+    where = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "model"), *where]
+    assert subprocess.run(command, check=False, capture_output=True).returncode == -signal.SIGKILL
+    assert not (tmp_path / "model").exists() and list(tmp_path.rglob("model.safetensors"))
+    export_native(pretrained(RETRO), tmp_path / "model", name="Test")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert_same(retro_jax.load_pretrained(tmp_path / "model"), pretrained(RETRO))
+
+
+def test_two_exports_to_one_directory_do_not_meet(tmp_path):
+    with new_directory(tmp_path / "model") as first:
+        (first / "mine.txt").write_text("mine")
+        with pytest.raises(UserError, match="is in use by process"), new_directory(tmp_path / "model"):
+            pass
+    assert [path.name for path in tmp_path.rglob("*")] == ["model", "mine.txt"]
+
+
+def test_all_of_it_is_on_disk_before_it_has_its_name(tmp_path, given, monkeypatch):
+    synced, before = [], []
+    replace = os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(Path(os.readlink(f"/proc/self/fd/{file}"))))
+
+    def renamed(source, target):
+        if Path(target) == tmp_path / "model":
+            before.extend(path.relative_to(source) for path in synced if path.is_relative_to(source))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", renamed)
+    export_huggingface(pretrained(LLAMA, given), tmp_path / "model", name="Test")
+    written = {path.relative_to(tmp_path / "model") for path in (tmp_path / "model").rglob("*")}
+    assert len(written) == 7 and written | {Path(".")} <= set(before)
+    assert synced[-1] == tmp_path
+
+
 def test_an_export_that_reads_back_otherwise_is_not_there(tmp_path, monkeypatch):
     write = export_module.write_tensors
 
@@ -160,3 +255,51 @@ def test_writing_and_reading_hold_less_than_two_of_the_largest_arrays(tmp_path):
     assert len(json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]) == 20
     assert len(list(tmp_path.glob("*.safetensors"))) == 4
     assert peak < 2 * size
+
+
+def test_an_export_holds_less_than_two_of_its_files(tmp_path):
+    shard = 4_000_000
+    export_native(pretrained(LARGE), tmp_path / "first", name="Test")
+    assert (tmp_path / "first" / "model.safetensors").stat().st_size > 4 * shard
+    peaks = []
+    tracemalloc.start()
+    try:
+        export_huggingface(open_checkpoint(tmp_path / "first"), tmp_path / "second", name="Test", shard_bytes=shard)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.reset_peak()
+        export_native(open_checkpoint(tmp_path / "second"), tmp_path / "third", name="Test")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+    finally:
+        tracemalloc.stop()
+    assert max(path.stat().st_size for path in (tmp_path / "second").iterdir()) < 1.01 * shard
+    assert max(peaks) < 2 * shard
+    first, third = (path / "model.safetensors" for path in (tmp_path / "first", tmp_path / "third"))
+    assert first.read_bytes() == third.read_bytes()
+
+
+@pytest.mark.parametrize("config", [LLAMA, GPT_2], ids=["llama", "gpt-2"])
+def test_of_a_run_one_array_is_held_at_a_time(tmp_path, given, monkeypatch, config):
+    """Of GPT-2's three, whose query, key and value are one tensor."""
+    opened, held, most, on_devices = checkpoint_module.open_params, weakref.WeakValueDictionary(), 0, 0
+
+    def watched(*arguments):
+        read = opened(*arguments)
+
+        def one(path):
+            nonlocal most, on_devices
+            array = read(path)
+            on_devices = max(on_devices, len(jax.live_arrays()))
+            held[path] = copy = np.array(array)
+            most = max(most, len(held))
+            return copy
+
+        return one
+
+    monkeypatch.setattr(checkpoint_module, "open_params", watched)
+    source = open_checkpoint(write_run(tmp_path / "run", pretrained(config, given)))
+    gc.collect()
+    before = len(jax.live_arrays())
+    export_native(source, tmp_path / "native", name="Test")
+    assert most == 1 and not held and on_devices <= before + 1
+    export_huggingface(source, tmp_path / "hub", name="Test")
+    assert most == (3 if config is GPT_2 else 1) and not held and on_devices <= before + 1

@@ -117,8 +117,10 @@ def test_padded_batches_equal_transformers(pair):
     np.testing.assert_allclose(found[seen], expected[seen], atol=1e-4, rtol=0)
 
 
-def test_logits_equal_transformers_far_beyond_the_first_context(tmp_path):
-    theirs = build("llama 3", max_position_embeddings=4096, num_hidden_layers=1)
+@pytest.mark.parametrize("name", ["llama 2", "llama 3", "llama, linear scaling, all biases", "qwen 2.5"])
+def test_logits_equal_transformers_far_beyond_the_first_context(tmp_path, name):
+    """Of each kind of rotary positions: plain, llama3, linear, yarn."""
+    theirs = build(name, max_position_embeddings=4096, num_hidden_layers=1)
     theirs.save_pretrained(tmp_path)
     tokens = np.random.default_rng(2).integers(0, VOCAB, (1, 3000))
     with torch.no_grad():

@@ -1,7 +1,9 @@
 """The reader in docs/ gets the model's logits out of an export with NumPy alone."""
 
 import dataclasses
+import itertools
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -11,11 +13,13 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from small_models import LLAMA, RETRO, pretrained
+from small_models import GPT_2, LLAMA, RETRO, pretrained
 
 from retro_jax.interop.export import export_native
+from retro_jax.model import layer_shapes
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "docs" / "read_export.py"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+EXAMPLE = DOCS / "read_export.py"
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 BLOCKED = "import sys, runpy\nfor name in ('jax', 'flax', 'retro_jax', 'safetensors'): sys.modules[name] = None\n"
 CONFIGS = {
@@ -57,7 +61,44 @@ def test_it_runs_where_neither_jax_nor_this_package_is(tmp_path):
     assert len(result.stdout.splitlines()) == 5
 
 
-def test_another_decoder_is_refused(tmp_path):
-    export_native(pretrained(LLAMA), tmp_path / "model", name="Test")
-    with pytest.raises(SystemExit, match="positions"):
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"positions": "rope", "head_size": 4},
+        {"lora_rank": 2},
+        {"attention_biases": "qkv"},
+        {"ffw_biases": True},
+        {"qk_norm": True},
+        {"neighbour_part": "neighbour"},
+    ],
+)
+def test_another_decoder_is_refused(tmp_path, other):
+    export_native(pretrained(dataclasses.replace(RETRO, **other)), tmp_path / "model", name="Test")
+    with pytest.raises(SystemExit, match=f"reads {next(iter(other))}"):
         runpy.run_path(str(EXAMPLE))["Reader"](tmp_path / "model")
+
+
+def test_a_tensor_that_no_equation_reads_is_refused(tmp_path):
+    export_native(pretrained(dataclasses.replace(RETRO, qk_norm=True)), tmp_path / "model", name="Test")
+    path = tmp_path / "model" / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"model": values["model"] | {"qk_norm": False}}))
+    with pytest.raises(SystemExit, match=r"reads no tensor decoder\.layers\.\d\.attention\.(query|key)_norm\.scale"):
+        runpy.run_path(str(EXAMPLE))["Reader"](tmp_path / "model")
+
+
+def test_the_page_has_the_name_of_every_tensor_and_no_other():
+    page = (DOCS / "export.md").read_text()
+    table = page[page.index("| name | shape |") :].split("\n\n")[0]
+    found = re.findall(r"`([^`]+)`", "\n".join(row.split("|")[1] for row in table.splitlines()[2:]))
+    listed = {name for pattern in found for name in spelt_out(pattern)}
+    own = {"lora_rank": 2, "ffw_biases": True, "attention_biases": "all"}
+    forms = [RETRO, GPT_2, LLAMA, dataclasses.replace(LLAMA, qk_norm=True, **own), dataclasses.replace(GPT_2, **own)]
+    names = {re.sub(r"layers\.\d+", "layers.{n}", name) for form in forms for name in layer_shapes(form)}
+    assert names == listed
+
+
+def spelt_out(pattern):
+    """Names of which `{a,b}` stands for one or the other."""
+    parts = [part.split(",") for part in re.split(r"\{([^{}]*,[^{}]*)\}", pattern)]
+    return ["".join(chosen) for chosen in itertools.product(*parts)]

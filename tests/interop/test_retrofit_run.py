@@ -6,7 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from small_models import LLAMA, byte_level_tokenizer, pretrained
+from small_models import LLAMA, byte_level_tokenizer, pretrained, write_run
 from small_run import SAMPLE, error_line, run_program, write_random_neighbours
 
 import retro_jax
@@ -23,15 +23,20 @@ from retro_jax.retrieval.neighbours import NeighbourTable
 from retro_jax.training.loop import train
 
 M, T = 4, 16
+LONG, ENDS = 4 * T, [0, 7]  # the base's context, and what ends a text for it
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A Llama with GPT-2's kind of tokenizer and as many rows as that has tokens: none to spare for PAD."""
+    """A Llama with GPT-2's kind of tokenizer and as many rows as that has tokens: none to spare for PAD.
+
+    Its context is longer than the sequences, and it has two end tokens.
+    """
     directory = tmp_path_factory.mktemp("base")
     ours = byte_level_tokenizer(directory / "given.json")
     model = dataclasses.replace(LLAMA, vocab_size=289, cca_layers=(), pad_id=289, bos_id=0, eos_id=0, unk_id=-1)
-    export_huggingface(pretrained(model, ours, context=T), directory / "hub", name="Base")
+    source = dataclasses.replace(pretrained(model, ours, context=LONG), base_settings={"eos_token_id": ENDS})
+    export_huggingface(source, directory / "hub", name="Base")
     return directory / "hub"
 
 
@@ -86,9 +91,21 @@ def test_the_program_exports_and_refuses_what_is_there(base, tmp_path):
     assert status == 0, stderr
     assert "bytes written and checked" in stdout
     found, source = retro_jax.load_pretrained(tmp_path / "out"), retro_jax.load_pretrained(base)
-    assert found.config == source.config and found.context == source.context == T
+    assert found.config == source.config and found.context == source.context == LONG
     jax.tree.map(np.testing.assert_array_equal, found.params, source.params)
     assert found.tokenizer.fingerprint == source.tokenizer.fingerprint
+
+
+def test_a_run_knows_the_context_and_the_end_tokens_of_its_base(base, tmp_path):
+    settings = {"bos_token_id": 0, "eos_token_id": ENDS, "max_position_embeddings": LONG}
+    assert open_base(base).settings == settings
+    source = dataclasses.replace(
+        pretrained(LLAMA, Tokenizer(base / "tokenizer.json"), context=T), base_settings=settings
+    )
+    run = write_run(tmp_path / "run", source)
+    assert open_checkpoint(run).base_settings == open_base(run).settings == settings
+    longer = write_run(tmp_path / "longer", dataclasses.replace(source, context=5 * T))
+    assert open_base(longer).settings == settings | {"max_position_embeddings": 5 * T}
 
 
 def test_data_made_with_another_tokenizer_of_the_same_size_are_refused(base, sequences):
@@ -100,7 +117,7 @@ def test_data_made_with_another_tokenizer_of_the_same_size_are_refused(base, seq
 
 @pytest.mark.slow
 def test_the_trained_model_is_the_base_without_retrieval(run, base):
-    fitted, before = open_checkpoint(run), retro_jax.load_pretrained(base)
+    fitted, before = open_checkpoint(run).load(), retro_jax.load_pretrained(base)
     assert fitted.config.cca_layers == (2, 3) and fitted.config.pad_id == 289
     now, then = to_layers(fitted.params, fitted.config), to_layers(before.params, before.config)
     for name, array in then.items():
@@ -114,7 +131,7 @@ def test_the_program_exports_it_and_the_export_is_it(run, base, tmp_path):
     status, stdout, stderr = run_program("launch/export.py", *flags)
     assert status == 0, stderr
     assert "bytes written and checked" in stdout
-    found, source = retro_jax.load_pretrained(tmp_path / "out"), open_checkpoint(run / "checkpoints" / "2")
+    found, source = retro_jax.load_pretrained(tmp_path / "out"), open_checkpoint(run / "checkpoints" / "2").load()
     assert found.config == source.config and found.neighbours == 2 and found.context == T
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(found.params), jax.device_get(source.params))
     assert found.tokenizer.fingerprint == source.tokenizer.fingerprint

@@ -30,8 +30,12 @@ def get_config():
 
 @pytest.fixture(scope="module")
 def answered(finished_run, tmp_path_factory):
-    """(workdir, questions, root): a RETRO fine-tuned on one question, which has another answer with every passage."""
+    """(workdir, questions, root): a RETRO fine-tuned on one question, which has another answer with every passage.
+
+    The model that it began with is there no more.
+    """
     root = tmp_path_factory.mktemp("answers")
+    base = shutil.copytree(finished_run, root / "base")
     rows = [
         {"question": "Who?", "answers": [name], "ctxs": [{"title": name, "text": f"{name} is it."}]} for name in NAMES
     ]
@@ -47,10 +51,11 @@ def answered(finished_run, tmp_path_factory):
     )
     assert status == 0, stderr
     recipe = root / "answers.py"
-    recipe.write_text(RECIPE.format(base=str(finished_run), sequences=str(root / "sequences")))
+    recipe.write_text(RECIPE.format(base=str(base), sequences=str(root / "sequences")))
     status, stdout, stderr = run_program("launch/train.py", f"--config={recipe}", f"--workdir={root / 'run'}")
     assert status == 0, stderr
     assert "step 240: loss" in stdout
+    shutil.rmtree(base)
     return root / "run", questions, root
 
 
@@ -90,3 +95,13 @@ def test_mistakes_are_named_in_one_line(answered, finished_run, tmp_path):
     (tmp_path / "moved" / "config.json").write_text(json.dumps(config))
     line = error_line("launch/answer.py", f"--workdir={tmp_path / 'moved'}", f"--examples={questions}")
     assert "--sequences names those that say how questions are laid out" in line
+
+
+def test_a_run_is_found_finished_without_the_model_that_it_began_with(answered):
+    workdir, _, root = answered
+    flags = (f"--config={root / 'answers.py'}", f"--workdir={workdir}")
+    status, stdout, stderr = run_program("launch/train.py", *flags)
+    assert status == 0, stderr
+    assert "init_from is not needed any more, and cannot be opened" in stderr and "step 240: loss" in stdout
+    line = error_line("launch/train.py", *flags, f"--config.init_from={root / 'another'}")
+    assert "so neither a run nor a model is here" in line

@@ -1,12 +1,14 @@
 """The chain of question answering from text to table, and the commands of its page."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
 
 import pytest
-from small_run import ROOT, SAMPLE, error_line, run_program, run_script
+from small_run import MODEL, ROOT, SAMPLE, error_line, run_program, run_script
 
+from retro_jax.config import TrainConfig, to_dict
 from retro_jax.data.text import read_documents
 
 ARMS = ("baseline, closed book", "RETRO[OFF], closed book", "RETRO[ON]", "RETRO++", "baseline, reading")
@@ -45,6 +47,14 @@ def test_inputs_that_are_not_there_are_named_in_one_line(tmp_path):
     assert "--set names one of the sets in" in line and line.endswith(": other, small")
     missing = ("--set=small", f"--retro={tmp_path}", f"--baseline={tmp_path}")
     assert "tokenizer.model: no such file; --retro and --baseline name" in mistake(*missing)
+    for run, layers in (("retro", MODEL.cca_layers), ("baseline", ())):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "tokenizer.model").write_bytes(b"")
+        config = to_dict(TrainConfig(model=dataclasses.replace(MODEL, cca_layers=layers)))
+        (tmp_path / run / "config.json").write_text(json.dumps(config))
+    for retro, baseline, wrong in (("retro", "retro", "--baseline"), ("baseline", "baseline", "--retro")):
+        line = mistake("--set=small", f"--retro={tmp_path / retro}", f"--baseline={tmp_path / baseline}")
+        assert f"{wrong}={tmp_path / retro}: this model is a {'RETRO' if retro == 'retro' else 'baseline'}" in line
     (tmp_path / "small.questions.jsonl").unlink()
     assert "small.questions.jsonl: no such file" in mistake("--set=small")
 
@@ -62,6 +72,12 @@ def test_every_arm_is_in_the_table_and_the_commands_of_the_page_work(tmp_path, e
     assert tuple(names) == ARMS
     status, again, _ = run_program("launch/question_answering.py", *flags, timeout=1800)
     assert status == 0 and table in again
+    assert "[tokenizer]" in stdout and "[tokenizer]" not in again
+    # Answers are of the models that they were given by.
+    (tmp_path / "other").symlink_to(work / "baseline")
+    other = (f"--retro={work / 'runs' / 'on'}", f"--baseline={tmp_path / 'other'}")
+    status, stdout, stderr = run_program("launch/question_answering.py", *flags, *other, timeout=1800)
+    assert status == 1 and "began with another model" in stderr and table not in stdout
 
     for name in ("tools", "launch", "experiments"):
         (tmp_path / name).symlink_to(ROOT / name)

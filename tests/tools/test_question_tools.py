@@ -15,6 +15,7 @@ from retro_jax.retrieval.embedder import Embedder, EmbeddingSet, embed_corpus
 from retro_jax.retrieval.index_build import build_index
 
 CHUNK = 40
+PASSAGE = "The {topic} of the town is kept by keeper {n} alone."
 TOPICS = ("granite", "lantern", "orchard", "harbour", "violin", "glacier")
 
 
@@ -23,7 +24,7 @@ def database(small_data, tmp_path_factory):
     """(directory, embedder, questions) of passages, each about a thing of its own, and questions that name it."""
     root = tmp_path_factory.mktemp("passages")
     passages = [
-        {"id": f"p{n}", "title": f"Article {n // 2}", "text": f"The {topic} of the town is kept by keeper {n} alone."}
+        {"id": f"p{n}", "title": f"Article {n // 2}", "text": PASSAGE.format(topic=topic, n=n)}
         for n, topic in enumerate(TOPICS)
     ]
     # A corpus needs a document that fills a chunk.
@@ -71,14 +72,24 @@ def test_passages_are_found_split_by_article_and_become_sequences(small_data, da
         right = next(passage for passage in question.passages if passage.id == question.passage_id)
         number = int(right.id[1:])
         assert right.title == question.title
-        assert right.text == f"The {TOPICS[number]} of the town is kept by keeper {number} alone."
+        assert right.text == PASSAGE.format(topic=TOPICS[number], n=number)
 
+    # What asks with the words of a passage has its vector, whatever the embedder thinks of words.
+    rows = [json.loads(line) for line in questions.read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row["question"] = PASSAGE.format(topic=TOPICS[number], n=number)
+    literal = tmp_path / "literal.jsonl"
+    literal.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = (f"--questions={literal}", f"--database={directory}", "--k=3")
     status, stdout, stderr = run_program(
         "tools/retrieve_passages.py", *flags, f"--embedder={bert}", f"--output={tmp_path / 'dense'}"
     )
     assert status == 0, stderr
     assert [path.name for path in (tmp_path / "dense").glob("*.jsonl")] == ["train.jsonl"]
-    assert all(len(question.passages) == 3 for question in read_questions(tmp_path / "dense" / "train.jsonl"))
+    for question in read_questions(tmp_path / "dense" / "train.jsonl"):
+        assert [question.passages[0].id, len(question.passages)] == [question.passage_id, 3]
+    manifest = json.loads((tmp_path / "dense" / "manifest.json").read_text())
+    assert manifest["counts"]["train"]["recall"]["1"]["passage"] == 1.0
 
     tokenizer = f"--tokenizer={small_data.corpus / 'tokenizer.model'}"
     layout = (

@@ -14,8 +14,9 @@ from retro_jax.model import Retro
 from retro_jax.parallel.costs import matrix_flops
 from retro_jax.parallel.hlo import parse
 from retro_jax.parallel.mesh import create_mesh
-from retro_jax.training.flops import forward_flops, hardware_flops, peak_flops, step_flops
+from retro_jax.training.flops import forward_flops, hardware_flops, peak_flops, processed_tokens, step_flops
 from retro_jax.training.optimizer import create_optimizer
+from retro_jax.training.retrofit import trains
 from retro_jax.training.state import plan_model, plan_state
 from retro_jax.training.step import make_train_step
 
@@ -65,7 +66,7 @@ def train_config(length, **changes):
 
 def lowered_step(config):
     mesh = create_mesh(MeshConfig(), jax.devices()[:1])
-    plan = plan_model(config.model, mesh)
+    plan = plan_model(config.model, mesh, trains(config))
     optimizer = create_optimizer(OptimizerConfig(warmup_steps=1), config.steps, plan.axes)
     length, model = config.data.length, config.model
     neighbours = (config.batch_size, length // model.chunk_length, K, model.neighbour_length)
@@ -111,6 +112,25 @@ def test_executed_flops_are_those_of_the_compiled_loops():
     config = train_config(160, cca_layers=(), num_layers=3, scan_layers=True, vocab_block=500, microbatches=3)
     counted = matrix_flops(parse(lowered_step(config).compile(compiler_options=QUICK).as_text()))
     assert hardware_flops(config) == pytest.approx(counted, rel=0.01)
+
+
+RETROFIT = {"num_layers": 3, "cca_layers": (2, 3), "init_from": "base", "vocab_block": 0}
+LORA = {**RETROFIT, "lora_rank": 32, "positions": "rope", "ffw": "swiglu", "num_kv_heads": 1}
+
+
+@pytest.mark.parametrize("remat", ["none", "block"])
+@pytest.mark.parametrize("changes", [RETROFIT, LORA], ids=["frozen", "with LoRA"])
+def test_a_frozen_decoder_has_no_gradients_of_its_weights(changes, remat):
+    config = train_config(96, remat=remat, **changes)
+    assert hardware_flops(config) == pytest.approx(lowered_step(config).cost_analysis()["flops"], rel=0.02)
+    whole = dataclasses.replace(config, unfreeze_decoder=True)
+    assert step_flops(config) < 0.9 * step_flops(whole) < hardware_flops(whole)
+
+
+def test_with_the_gate_shut_the_encoder_costs_nothing():
+    shut = train_config(96, cca_gate=0)
+    assert step_flops(shut) == 3 * forward_flops(MODEL, BATCH, 96, 0).total
+    assert processed_tokens(shut) == BATCH * 96
 
 
 def test_a_split_sequence_multiplies_all_pairs():

@@ -81,3 +81,10 @@ def test_a_baseline_has_one_loss_and_several_data_sets_are_read_in_order(source)
     assert one.keys() == {"validation_loss"} and two == pytest.approx(one, rel=1e-6)
     first, _ = measured(source, MeshConfig(), model=baseline, sources=2)
     assert first == measured(source, MeshConfig(), model=baseline)[0] != one
+
+
+def test_with_the_gate_shut_it_is_of_what_is_trained(source, one_device):
+    losses, _ = measured(source, MeshConfig(), cca_gate=0)
+    assert losses.keys() == {"validation_loss"}
+    assert losses["validation_loss"] == pytest.approx(one_device[0]["validation_loss_off"], rel=1e-6)
+    assert losses["validation_loss"] != pytest.approx(one_device[0]["validation_loss"], rel=1e-5)

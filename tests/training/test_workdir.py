@@ -6,7 +6,7 @@ import pytest
 
 from retro_jax.config import CheckpointConfig, DataConfig, RetroConfig, StabilityConfig, TrainConfig, ValidationConfig
 from retro_jax.errors import UserError
-from retro_jax.training.workdir import CONFIG, TOKENIZER, claim_workdir, load_config, open_workdir
+from retro_jax.training.workdir import BASE, CONFIG, TOKENIZER, begun_with, claim_workdir, load_config, open_workdir
 
 MODEL = RetroConfig(vocab_size=64, width=8, num_layers=1, num_heads=1, head_size=8, ffw_width=8)
 RUN = TrainConfig(model=MODEL, data=DataConfig(sequences=("a",)))
@@ -23,6 +23,7 @@ def test_the_configuration_is_kept_and_found_again(tmp_path, tokenizer):
     open_workdir(tmp_path / "run", RUN, tokenizer)
     assert load_config(tmp_path / "run") == RUN
     assert (tmp_path / "run" / TOKENIZER).read_bytes() == b"model"
+    assert begun_with(tmp_path / "run") is None
 
 
 @pytest.mark.parametrize("left", [[], [TOKENIZER], [TOKENIZER, f".tmp-77-{CONFIG}"], [f".tmp-77-{TOKENIZER}"]])
@@ -82,3 +83,18 @@ def test_a_directory_with_other_files_is_refused(tmp_path, tokenizer):
         open_workdir(tokenizer, RUN, tokenizer)
     with pytest.raises(UserError, match="no run is here"):
         load_config(tmp_path)
+
+
+def test_the_model_that_a_run_begins_with_may_move_but_not_be_another(tmp_path, tokenizer):
+    run = lambda name: dataclasses.replace(RUN, init_from=name)  # noqa: E731
+    record = lambda name, fingerprint: {"init_from": name, "model": {}, "fingerprint": fingerprint}  # noqa: E731
+    open_workdir(tmp_path / "run", run("a"), tokenizer, record("a", "0123"))
+    open_workdir(tmp_path / "run", run("b"), tokenizer, record("b", "0123"))
+    with pytest.raises(UserError, match="began with another model, 0123 of b, than c is now, 4567; give another"):
+        open_workdir(tmp_path / "run", run("c"), tokenizer, record("c", "4567"))
+    assert begun_with(tmp_path / "run") == record("b", "0123") and load_config(tmp_path / "run") == run("b")
+    open_workdir(tmp_path / "run", run("b"), tokenizer)  # it is there no more
+    assert begun_with(tmp_path / "run") == record("b", "0123")
+    (tmp_path / "run" / BASE).write_text("{")
+    with pytest.raises(UserError, match=r"base\.json: not JSON"):
+        begun_with(tmp_path / "run")
