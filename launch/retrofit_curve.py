@@ -58,6 +58,7 @@ def main() -> None:
         sweeps=SETS,
         ks=1,
         shares=1,
+        methods=(),
         steps=range(every, steps, every),
         output=work / "report",
     )

@@ -13,6 +13,7 @@ import numpy as np
 
 from retro_jax.data.corpus import Corpus
 from retro_jax.evaluation.losses import TokenLosses
+from retro_jax.evaluation.passes import document_keys
 
 _CHUNKS_AT_ONCE = 65_536
 
@@ -108,8 +109,7 @@ def document_scores(losses: TokenLosses, counted: np.ndarray | None = None) -> D
         documents = corpus.document_index(ids)
         for total, values in ((nats, losses.nats[ids]), (tokens, 1), (size, tokenizer.token_bytes[text])):
             total += np.bincount(documents, np.where(chosen, values, 0).sum(axis=1, dtype=np.float64), count)
-    firsts = np.array([corpus.document_range(document)[0] for document in range(count)], np.int64)
-    return DocumentScores(nats, tokens.astype(np.int64), size.astype(np.int64), corpus.document_keys(firsts))
+    return DocumentScores(nats, tokens.astype(np.int64), size.astype(np.int64), document_keys(corpus))
 
 
 def document_groups(corpus: Corpus, key: str | None) -> list[str]:

@@ -14,6 +14,7 @@ from retro_jax.data.corpus import Corpus
 from retro_jax.errors import UserError
 from retro_jax.evaluation.forward import Forward
 from retro_jax.evaluation.losses import TokenLosses
+from retro_jax.evaluation.passes import document_keys
 from retro_jax.progress import Progress
 from retro_jax.retrieval.database import Database
 
@@ -98,13 +99,12 @@ def completion_scores(losses: TokenLosses, marked: np.ndarray) -> CompletionScor
     correct = None
     if losses.best is not None:
         correct = np.bincount(row, losses.best[chunks, places] != tokens, len(documents)) == 0
-    firsts = np.array([corpus.document_range(int(document))[0] for document in documents])
     return CompletionScores(
         nats=np.bincount(row, losses.nats[chunks, places].astype(np.float64), len(documents)),
         tokens=np.bincount(row, minlength=len(documents)),
         bytes=np.bincount(row, corpus.tokenizer.token_bytes[tokens], len(documents)).astype(np.int64),
         correct=correct,
-        keys=corpus.document_keys(firsts),
+        keys=document_keys(corpus)[documents],
     )
 
 

@@ -1,20 +1,24 @@
 """All figures of one set of documents: what kept losses say, whole, by source, by overlap, and how they differ."""
 
 import dataclasses
+import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from retro_jax.data.stage import fingerprint
+from retro_jax.data.text import read_lines
 from retro_jax.errors import UserError
 from retro_jax.evaluation.bits_per_byte import document_groups, document_scores
 from retro_jax.evaluation.bootstrap import bits_per_byte_difference, rate_difference
 from retro_jax.evaluation.completions import completion_scores, completion_tokens
 from retro_jax.evaluation.evaluated import Evaluated
 from retro_jax.evaluation.leakage import (
+    ALPHAS,
     NEIGHBOURS,
     class_scores,
     leakage_curve,
@@ -52,6 +56,8 @@ class Examined:
       leaked: float64 [chunks], r(C) with the 10 nearest neighbours; None without neighbours.
       completions: bool [chunks, M], tokens that are asked for; None where nothing is.
       words: of the original, for perplexity per word; None where unknown.
+      digests: 16 hex digits of each partition by name, and under "leakage" of r(C), under "completions" of the tokens
+        that are asked for: figures of parts can be compared where these are equal.
     """
 
     def __init__(self, directory: Path, evaluated: Evaluated, *, k: int) -> None:
@@ -78,8 +84,9 @@ class Examined:
             names, classes = overlap_classes(leaked_shares(corpus, runs))
             self.partitions["overlap"] = Partition(names, classes[:, None])
             self.partitions["run"] = Partition(*run_classes(runs))
-        rows = _documents(directory / "documents.jsonl")
-        completions = {row["id"]: row["completion"] for row in rows if "completion" in row}
+        path = directory / "documents.jsonl"
+        rows = [_parsed(line, f"{path}:{number}") for number, line in _lines(path)]
+        completions = {str(row["id"]): row["completion"] for row in rows if "completion" in row}
         self.completions = completion_tokens(corpus, completions) if completions else None
         counted = [row["words"] for row in rows if "words" in row]
         if counted and len(counted) != corpus.num_documents:
@@ -88,11 +95,14 @@ class Examined:
                 f"{corpus.num_documents}; build it from this file"
             )
         self.words = sum(counted) if counted else None
+        found = {name: _digest(partition.classes, *partition.names) for name, partition in self.partitions.items()}
+        found |= {} if self.leaked is None else {"leakage": _digest(self.leaked)}
+        self.digests = found | ({} if self.completions is None else {"completions": _digest(self.completions)})
 
     def figures(self, losses: TokenLosses) -> dict[str, Any]:
         """All figures of one method, JSON-serialisable."""
         scores = document_scores(losses)
-        found: dict[str, Any] = {**scores.total().as_json(), "settings": losses.settings}
+        found: dict[str, Any] = {**scores.total().as_json(), "settings": losses.settings, "digests": self.digests}
         found["parts"] = {
             name: class_scores(losses, partition.names, partition.classes)
             for name, partition in self.partitions.items()
@@ -106,7 +116,7 @@ class Examined:
         return found
 
     def differences(self, first: TokenLosses, second: TokenLosses) -> list[dict[str, Any]]:
-        """Bits per byte of the second less those of the first, with intervals: whole, and for every part."""
+        """Bits per byte of the second less those of the first, with intervals: whole, for every part and alpha."""
         found = [{"part": "all", "name": "all", **bits_per_byte_gap(first, second)}]
         for part, partition in self.partitions.items():
             if len(partition.names) > 1:
@@ -115,6 +125,12 @@ class Examined:
                     {"part": part, "name": name, **bits_per_byte_gap(first, second, classes == number)}
                     for number, name in enumerate(partition.names)
                 ]
+        if self.leaked is not None:
+            for alpha in ALPHAS:
+                kept = np.broadcast_to((self.leaked <= alpha)[:, None], first.nats.shape)
+                found.append(
+                    {"part": "leakage", "name": f"{100 * alpha:g} %", **bits_per_byte_gap(first, second, kept)}
+                )
         if self.completions is not None:
             found += self.completion_differences(first, second, "natural")
         return [entry for entry in found if not math.isnan(entry["estimate"])]
@@ -151,11 +167,26 @@ def describe(examined: Examined) -> dict[str, Any]:
     return found
 
 
-def _documents(path: Path) -> Sequence[Mapping[str, Any]]:
-    if not path.is_file():
-        return []
-    with open(path, encoding="utf-8") as file:
-        try:
-            return [json.loads(line) for line in file if line.strip()]
-        except ValueError as error:
-            raise UserError(f"{path}: a line is not JSON ({error})") from None
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Number and text of the lines of documents.jsonl; none when there is no such file."""
+    if path.is_file():
+        yield from ((number, line) for number, line in read_lines(path) if line.strip())
+
+
+def _parsed(line: bytes, place: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}: not JSON ({' '.join(str(error).split())})") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{place}: not a JSON object")
+    for name, kind, what in (("completion", str, "a string"), ("words", int, "a whole number")):
+        if name in row and not isinstance(row[name], kind):
+            raise UserError(f'{place}: "{name}" is not {what}')
+    if "completion" in row and not isinstance(row.get("id"), str | int):
+        raise UserError(f'{place}: a "completion" without the "id" of its document; give the line the corpus\'s id')
+    return row
+
+
+def _digest(array: np.ndarray, *names: str) -> str:
+    return fingerprint([hashlib.sha256(np.ascontiguousarray(array)).hexdigest(), list(array.shape), *names])

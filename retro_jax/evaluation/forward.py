@@ -20,7 +20,7 @@ class Outputs:
     """Of n rows of T tokens.
 
     Attributes:
-      nats: [n, T] float32, -ln p(label); of no meaning where the label is PAD.
+      nats: [n, T] float32 (float64 of a model that computes in it), -ln p(label); of no meaning where it is PAD.
       hidden: [n, T, D] float32, what the output head reads to predict the label; None unless asked for.
       best: [n, T] int32, the most probable token; None unless asked for.
     """

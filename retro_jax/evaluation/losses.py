@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from retro_jax.data.corpus import Corpus
 from retro_jax.data.stage import Stage
@@ -56,11 +57,17 @@ class TokenLosses:
 class LossCollector:
     """Gathers the losses of a corpus span by span, in any order, and checks that nothing is missing or twice."""
 
-    def __init__(self, corpus: Corpus, *, best: bool = False) -> None:
-        """Prepares for a corpus; `best`: the most probable tokens are gathered too."""
+    def __init__(self, corpus: Corpus, *, best: bool = False, dtype: DTypeLike = np.float32) -> None:
+        """Prepares for a corpus.
+
+        Args:
+          corpus: what is scored.
+          best: the most probable tokens are gathered too.
+          dtype: of the losses, kept as they are given: a model's are float32, unless it computes in float64.
+        """
         self._corpus = corpus
         shape = (corpus.num_chunks, corpus.chunk_length)
-        self._nats = np.full(shape, np.nan, np.float32)
+        self._nats = np.full(shape, np.nan, dtype)
         self._best = np.full(shape, -1, np.int32) if best else None
 
     def add(self, document: int, first: int, nats: np.ndarray, best: np.ndarray | None = None) -> None:
@@ -105,7 +112,7 @@ def collect(corpus: Corpus, spans: Iterable[ScoredSpan], settings: dict[str, Any
     """Losses of a whole corpus from the spans of `retro_jax.evaluation.passes.scored_spans`."""
     collector = None
     for span in spans:
-        collector = collector or LossCollector(corpus, best=span.best is not None)
+        collector = collector or LossCollector(corpus, best=span.best is not None, dtype=span.nats.dtype)
         collector.add(span.document, span.first, span.nats, span.best)
     return (collector or LossCollector(corpus)).finish(settings)
 

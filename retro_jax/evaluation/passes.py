@@ -22,7 +22,7 @@ class ScoredSpan:
       document: index in the corpus.
       first: position in the document of the first of them; the start token is at 0 and is never scored.
       labels: [n] int32, the tokens.
-      nats: [n] float32, -ln p of each given those before it.
+      nats: [n] float32, -ln p of each given those before it; float64 of a model that computes in it.
       hidden: [n, D] float32, what the output head read to predict each; None unless the `Forward` gives it.
       best: [n] int32, the most probable token in its place; None unless the `Forward` gives it.
     """
@@ -39,6 +39,11 @@ def document_tokens(corpus: Corpus, document: int) -> int:
     """Tokens of a document, start and end token included."""
     first, chunks = corpus.document_range(document)
     return int(corpus.lengths(np.arange(first, first + chunks)).sum())
+
+
+def document_keys(corpus: Corpus) -> np.ndarray:
+    """int64 [documents]: equal for documents of one group."""
+    return corpus.document_keys(np.concatenate([first for first, _ in corpus.document_ranges()]))
 
 
 def corpus_windows(corpus: Corpus, *, window: int, stride: int, documents: Sequence[int] | None = None) -> list[Window]:
@@ -76,8 +81,8 @@ def scored_spans(
       description: for the progress bar.
 
     Raises:
-      UserError: a window off the chunk grid, neighbours that do not belong to the corpus, one document only when
-        shuffled.
+      UserError: a window off the chunk grid, neighbours that do not belong to the corpus, documents of one group only
+        when shuffled.
     """
     if neighbourhood is not None:
         neighbourhood.check(corpus)
@@ -123,7 +128,7 @@ class _WindowReader:
         self._neighbourhood = neighbourhood
         self._window = window
         shuffled = neighbourhood is not None and neighbourhood.shuffled
-        self._donors = other_documents(corpus.num_documents) if shuffled else None
+        self._donors = other_documents(document_keys(corpus)) if shuffled else None
 
     def row_length(self, tokens: int) -> int:
         """Length of the rows for windows of at most so many tokens: the window or a 4th, 16th, ... of it, whole chunks.

@@ -7,7 +7,7 @@ WORK/results.json            all figures, computed from these in seconds
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from retro_jax.data.stage import write_json
 from retro_jax.errors import UserError
+from retro_jax.evaluation.bits_per_byte import document_scores
 from retro_jax.evaluation.completions import completion_scores, padded_losses
 from retro_jax.evaluation.evaluated import Evaluated
 from retro_jax.evaluation.figures import Examined, bits_per_byte_gap, describe
@@ -22,7 +23,8 @@ from retro_jax.evaluation.forward import Forward
 from retro_jax.evaluation.losses import TokenLosses, collect, kept_losses
 from retro_jax.evaluation.methods import Method
 from retro_jax.evaluation.neighbourhood import Neighbourhood
-from retro_jax.evaluation.passes import scored_spans
+from retro_jax.evaluation.passes import document_keys, scored_spans
+from retro_jax.evaluation.suite_results import RESULTS
 from retro_jax.model.parameters import count_parameters
 from retro_jax.retrieval.database import Database
 from retro_jax.training.trained import TrainedRun
@@ -46,6 +48,7 @@ class Settings:
       window, stride: in tokens.
       batch_size: windows at a time; does not change the result.
       k: neighbours fed to a RETRO.
+      modes: of MODES, what is evaluated of a RETRO.
       ks, shares: of the sweeps, over the neighbours fed and over the share of the database's documents.
       sweeps: names of the sets that are swept over, and over which models of other steps are scored.
     """
@@ -54,6 +57,7 @@ class Settings:
     stride: int
     batch_size: int
     k: int
+    modes: tuple[str, ...] = MODES
     ks: tuple[int, ...] = KS
     shares: tuple[float, ...] = SHARES
     sweeps: tuple[str, ...] = ()
@@ -94,6 +98,7 @@ class Suite:
         *,
         methods: Methods | None = None,
         database: Database | None = None,
+        left_out: Sequence[str] = (),
     ) -> None:
         """Prepares a suite.
 
@@ -103,6 +108,7 @@ class Suite:
           sets: by name.
           methods: name of a model to the comparison methods that run on it.
           database: opened with its embedder, for completions with padded contexts; None leaves these out.
+          left_out: what is not evaluated and why, for the report.
         """
         self._work = work
         self._settings = settings
@@ -110,6 +116,7 @@ class Suite:
         self._methods = methods or {}
         self._database = database
         self._forwards: dict[tuple[str, bool, int], Forward] = {}
+        self._left_out = [*left_out]
 
     def run(self, models: Sequence[Model], earlier: Sequence[Model] = ()) -> dict[str, Any]:
         """Evaluates everything and writes results.json.
@@ -119,9 +126,14 @@ class Suite:
           earlier: the same runs at other steps, scored on the swept sets alone.
 
         Returns:
-          what was written.
+          what was written: what there is no way to evaluate is named under "left_out".
+
+        Raises:
+          UserError: a set has no neighbours for a RETRO with retrieval, or too few.
         """
+        self._require_neighbours(models)
         results: dict[str, Any] = {
+            **RESULTS,
             "settings": dataclasses.asdict(self._settings),
             "models": [model.describe() for model in models],
             "sets": [self._evaluate(examined, models) for examined in self._sets.values()],
@@ -129,33 +141,53 @@ class Suite:
         }
         for name in self._settings.sweeps:
             examined = self._sets[name]
-            for model in models:
-                if not model.is_baseline and examined.evaluated.neighbours is not None:
-                    results["sweeps"] += self._sweeps(examined, model)
+            reading = [model for model in models if "on" in self._modes(examined, model)]
+            if not reading:
+                self._left_out.append(f"{name}: sweeps over neighbours and database, as no RETRO is evaluated ON")
+            for model in reading:
+                results["sweeps"] += self._sweeps(examined, model)
             results["sweeps"] += self._steps(examined, models, earlier)
+        results["left_out"] = list(dict.fromkeys(self._left_out))
         write_json(self._work / "results.json", results)
         return results
+
+    def _require_neighbours(self, models: Sequence[Model]) -> None:
+        reading = [model.name for model in models if not model.is_baseline]
+        if reading and any(map(_retrieves, self._settings.modes)):
+            for name, examined in self._sets.items():
+                if examined.evaluated.neighbours is None:
+                    raise UserError(
+                        f"{name}: no neighbours of this set are there, so {reading[0]} cannot be evaluated ON; find "
+                        "them first, or give --modes=off"
+                    )
 
     def _evaluate(self, examined: Examined, models: Sequence[Model]) -> dict[str, Any]:
         """Rows and differences of one set."""
         scored: dict[str, TokenLosses] = {}
         padded: dict[str, TokenLosses] = {}
         rows: list[dict[str, Any]] = []
+        name = examined.evaluated.name
         for model in models:
             for mode in self._modes(examined, model):
                 label, k = _label(model, mode), self._settings.k if _retrieves(mode) else 0
                 scored[label] = self._losses(examined, model, mode)
-                rows.append({"label": label, "model": model.name, "method": mode, "k": k})
-                can_pad = mode in ("baseline", "off") or (mode == "on" and self._database is not None)
-                if examined.completions is not None and can_pad:
+                rows.append({"label": label, "model": model.name, "method": mode, "k": k, "options": {}})
+                if examined.completions is None or mode == "shuffled":
+                    continue
+                if mode == "on" and self._database is None:
+                    self._left_out.append(f"{name}: completions with padded contexts ON, which need the embedder")
+                else:
                     padded[label] = self._padded_losses(examined, model, mode)
             for method in self._methods.get(model.name, ()):
                 if method.needs_neighbours and examined.evaluated.neighbours is None:
+                    self._left_out.append(f"{name}: {method.name}, which needs neighbours of the set")
                     continue
                 label = _label(model, method.name)
                 scored[label] = self._method_losses(examined, model, method)
-                rows.append({"label": label, "model": model.name, "method": method.name, "k": None})
+                row = {"label": label, "model": model.name, "method": method.name, "k": None}
+                rows.append({**row, "options": method.settings})
         for row in rows:
+            row["reference"] = None if row is rows[0] else rows[0]["label"]
             row |= examined.figures(scored[row["label"]])
             if row["label"] in padded:
                 scores = completion_scores(padded[row["label"]], examined.completions)
@@ -171,35 +203,37 @@ class Suite:
     def _modes(self, examined: Examined, model: Model) -> Sequence[str]:
         if model.is_baseline:
             return ("baseline",)
-        if examined.evaluated.neighbours is None:
-            return ("off",)
-        return MODES if examined.evaluated.corpus.num_documents > 1 else MODES[:2]
+        modes, others = self._settings.modes, tuple(mode for mode in self._settings.modes if mode != "shuffled")
+        if others == modes or not others or len(np.unique(document_keys(examined.evaluated.corpus))) > 1:
+            return modes
+        self._left_out.append(f"{examined.evaluated.name}: shuffled, as all documents are of one group")
+        return others
 
     def _sweeps(self, examined: Examined, model: Model) -> Iterator[dict[str, Any]]:
         """bpb against the neighbours fed and against the share of the database, with the difference from OFF."""
-        table = examined.evaluated.neighbours
-        off = self._losses(examined, model, "off")
-        ks = [k for k in self._settings.ks if k <= table.k]
-        yield self._sweep("k", examined, model, off, ks, lambda k: {"k": k})
-        yield self._sweep("share", examined, model, off, self._settings.shares, lambda share: {"share": share})
+        settings, stored = self._settings, examined.evaluated.neighbours.k
+        too_many = [str(k) for k in settings.ks if k > stored]
+        if too_many:
+            name = examined.evaluated.name
+            self._left_out.append(f"{name}: k = {', '.join(too_many)}, as {stored} neighbours of a chunk are stored")
+        ks = [k for k in settings.ks if k <= stored]
+        for kind, values in (("k", ks), ("share", settings.shares)):
+            if values:
+                yield self._sweep(kind, examined, model, values)
 
-    def _sweep(
-        self,
-        kind: str,
-        examined: Examined,
-        model: Model,
-        off: TokenLosses,
-        values: Sequence[float],
-        options: Callable[[Any], dict[str, Any]],
-    ) -> dict[str, Any]:
+    def _sweep(self, kind: str, examined: Examined, model: Model, values: Sequence[float]) -> dict[str, Any]:
+        """Points of ON, each with its difference from OFF and from the first point, and OFF beside them."""
+        off = self._losses(examined, model, "off")
+        every = [self._losses(examined, model, "on", **{kind: value}) for value in values]
         points = []
-        for value in values:
-            losses = self._losses(examined, model, "on", **options(value))
-            point = {"x": value, **examined.figures(losses), "difference": bits_per_byte_gap(off, losses)}
+        for value, losses in zip(values, every, strict=True):
+            point = {"x": value, **_swept(examined.figures(losses)), "difference": bits_per_byte_gap(off, losses)}
+            point["growth"] = bits_per_byte_gap(every[0], losses)
             if kind == "share":
                 point["neighbours_found"] = self._neighbours_found(examined.evaluated, value)
-            points.append({name: part for name, part in point.items() if name not in ("parts", "leakage", "settings")})
-        return {"kind": kind, "set": examined.evaluated.name, "model": model.name, "points": points}
+            points.append(point)
+        swept = {"kind": kind, "set": examined.evaluated.name, "model": model.name}
+        return {**swept, "off": _swept(examined.figures(off)), "points": points}
 
     def _neighbours_found(self, evaluated: Evaluated, share: float) -> float:
         """Mean number of neighbours of a chunk, out of k, when a share of the database is searched."""
@@ -213,11 +247,18 @@ class Suite:
             same = sorted([*(one for one in earlier if one.name == model.name), model], key=lambda one: one.run.step)
             if len(same) < 2:
                 continue
-            for mode in self._modes(examined, model)[:2]:
-                points = []
-                for one in same:
-                    figures = examined.figures(self._losses(examined, one, mode))
-                    points.append({"x": one.run.step, "bits_per_byte": figures["bits_per_byte"]})
+            for mode in self._modes(examined, model):
+                if mode == "shuffled":
+                    continue
+                every = [self._losses(examined, one, mode) for one in same]
+                points = [
+                    {
+                        "x": one.run.step,
+                        "bits_per_byte": document_scores(losses).total().bits_per_byte,
+                        "growth": bits_per_byte_gap(every[0], losses),
+                    }
+                    for one, losses in zip(same, every, strict=True)
+                ]
                 label = _label(model, mode)
                 yield {"kind": "step", "set": examined.evaluated.name, "model": label, "points": points}
 
@@ -227,12 +268,20 @@ class Suite:
         """Losses of a model alone, computed once."""
         evaluated, settings = examined.evaluated, self._settings
         described: dict[str, Any] = {"mode": mode, "window": settings.window, "stride": settings.stride}
+        if mode == "shuffled":
+            described["shuffled"] = "among other groups"
+        if examined.completions is not None:
+            described["best"] = True
         inputs = {"model": model.run.fingerprint}
         name, neighbourhood = f"{_label(model, mode)}-step{model.run.step}", None
         if _retrieves(mode):
             table = evaluated.neighbours
             neighbourhood = Neighbourhood(
-                table, evaluated.database, k or settings.k, shuffled=mode == "shuffled", share=share
+                table,
+                evaluated.database,
+                settings.k if k is None else k,
+                shuffled=mode == "shuffled",
+                share=share,
             )
             described |= {"k": neighbourhood.k, "share": share}
             inputs["neighbours"] = table.fingerprint
@@ -255,16 +304,22 @@ class Suite:
     def _method_losses(self, examined: Examined, model: Model, method: Method) -> TokenLosses:
         directory = self._work / "losses" / examined.evaluated.name / _label(model, method.name)
         settings = {"window": self._settings.window, "stride": self._settings.stride, **method.settings}
+        settings |= _asked(examined)
         inputs = {"model": model.run.fingerprint, **method.inputs}
         if examined.evaluated.neighbours is not None:
             inputs["neighbours"] = examined.evaluated.neighbours.fingerprint
         corpus = examined.evaluated.corpus
         return kept_losses(
-            directory, corpus, lambda: method.losses(examined.evaluated), settings=settings, inputs=inputs
+            directory,
+            corpus,
+            lambda: method.losses(examined.evaluated, examined.completions),
+            settings=settings,
+            inputs=inputs,
         )
 
     def _padded_losses(self, examined: Examined, model: Model, mode: str) -> TokenLosses:
         settings: dict[str, Any] = {"mode": mode, "window": self._settings.window, "alignment": "padded"}
+        settings |= _asked(examined)
         inputs = {"model": model.run.fingerprint}
         database = self._database if mode == "on" else None
         if database is not None:
@@ -316,6 +371,16 @@ def check_names(names: Sequence[str], what: str) -> None:
     repeated = [name for name in names if names.count(name) > 1]
     if repeated:
         raise UserError(f"{what} {repeated[0]!r} is there twice; give each its own name")
+
+
+def _asked(examined: Examined) -> dict[str, str]:
+    """What losses depend on that know the most probable tokens, or any, only where completions are."""
+    return {} if examined.completions is None else {"asked": examined.digests["completions"]}
+
+
+def _swept(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Of all figures those that points of a sweep keep."""
+    return {name: value for name, value in figures.items() if name not in ("leakage", "settings", "digests")}
 
 
 def _retrieves(mode: str) -> bool:

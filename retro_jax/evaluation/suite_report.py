@@ -1,4 +1,4 @@
-"""The results of a suite as Markdown, plots and one HTML page; several suites side by side."""
+"""The results of a suite as Markdown, plots and one HTML page."""
 
 import html
 import os
@@ -7,8 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from retro_jax.data.stage import atomic_write
-from retro_jax.errors import UserError
 from retro_jax.evaluation.plots import interval_plot, line_plot
+from retro_jax.evaluation.suite_results import Results, divided
+from retro_jax.evaluation.suite_tables import (
+    completions_table,
+    leakage_table,
+    options_line,
+    parts_table,
+    scores_table,
+    sweep_table,
+)
 
 _PAGE = Path(__file__).with_name("report.html")
 _SWEEPS = {
@@ -16,40 +24,10 @@ _SWEEPS = {
     "share": ("share of the database's documents that is searched", "Size of the database", True, True),
     "step": ("training step", "Training", False, False),
 }
-_DIFFERENCE = "difference from the baseline in bits per byte; left of zero is better"
-Results = Mapping[str, Any]
-
-
-def side_by_side(results: Mapping[str, Results]) -> dict[str, Any]:
-    """Several suites as one, each label with the name of its suite before it.
-
-    Args:
-      results: name to what `Suite.run` wrote.
-
-    Raises:
-      UserError: two scored different text under one name.
-    """
-
-    def named(name: str, entry: Mapping[str, Any], *keys: str) -> dict[str, Any]:
-        return {**entry, **{key: f"{name}: {entry[key]}" for key in keys}}
-
-    sets: dict[str, dict[str, Any]] = {}
-    for name, one in results.items():
-        for entry in one["sets"]:
-            rows = [named(name, row, "label", "model") for row in entry["rows"]]
-            differences = [named(name, row, "first", "second") for row in entry["differences"]]
-            if entry["name"] not in sets:
-                sets[entry["name"]] = {**entry, "rows": [], "differences": []}
-            known = sets[entry["name"]]
-            if (known["bytes"], known["documents"]) != (entry["bytes"], entry["documents"]):
-                raise UserError(f"{name} scored another text as {entry['name']!r}; figures of it cannot be compared")
-            known["rows"] += rows
-            known["differences"] += differences
-    return {
-        "models": [named(name, model, "name") for name, one in results.items() for model in one["models"]],
-        "sets": list(sets.values()),
-        "sweeps": [named(name, sweep, "model") for name, one in results.items() for sweep in one["sweeps"]],
-    }
+_OVERLAPS = (
+    ("overlap", "By overlap with what was read"),
+    ("run", "By the run of tokens, ending here, that was read"),
+)
 
 
 def plots(results: Results) -> dict[str, str]:
@@ -62,24 +40,24 @@ def plots(results: Results) -> dict[str, str]:
         if difference["part"] in ("all", "source") and _is_gain(entry, difference)
     ]
     if gains:
-        found["gain"] = interval_plot(_series(gains), x=_DIFFERENCE)
+        found["gain"] = interval_plot(_series(gains), x=_from_reference(gains))
     for entry in results["sets"]:
-        lines = {
-            row["label"]: [(point["alpha"], point["bits_per_byte"]) for point in row["leakage"]]
-            for row in entry["rows"]
-            if "leakage" in row
-        }
-        if lines:
+        for stem, one in divided(entry, "leakage"):
+            lines = {
+                row["label"]: [(point["alpha"], point["bits_per_byte"]) for point in row["leakage"]]
+                for row in one["rows"]
+            }
             x = "chunks of which at most this share stands in a neighbour"
-            found[f"leakage-{entry['name']}"] = line_plot(lines, x=x, percent_x=True)
-        for part in ("overlap", "run"):
-            shown = [
-                (difference["name"], difference)
-                for difference in entry["differences"]
-                if difference["part"] == part and _is_gain(entry, difference)
-            ]
-            if shown:
-                found[f"{part}-{entry['name']}"] = interval_plot(_series(shown), x=_DIFFERENCE)
+            found[stem] = line_plot(lines, x=x, percent_x=True)
+        for part, _ in _OVERLAPS:
+            for stem, one in divided(entry, part):
+                shown = [
+                    (difference["name"], difference)
+                    for difference in one["differences"]
+                    if difference["part"] == part and _is_gain(one, difference)
+                ]
+                if shown:
+                    found[stem] = interval_plot(_series(shown), x=_from_reference(shown))
         sizes: dict[str, list[tuple[float, float]]] = {}
         parameters = {model["name"]: model["parameters"] for model in results["models"]}
         for row in entry["rows"]:
@@ -97,6 +75,13 @@ def plots(results: Results) -> dict[str, str]:
                 if (sweep["kind"], sweep["set"]) == (kind, name)
             }
             found[f"{kind}-{name}"] = line_plot(lines, x=x, log_x=log_x, percent_x=percent)
+    for number, sweep in enumerate(results["sweeps"], 1):
+        x, _, log_x, percent = _SWEEPS[sweep["kind"]]
+        for part in ("source", "overlap"):
+            gained = _gained(sweep, part)
+            if len(gained) > 1:
+                y = "bits per byte less OFF"
+                found[_sweep_stem(number, sweep, part)] = line_plot(gained, x=x, y=y, log_x=log_x, percent_x=percent)
     return found
 
 
@@ -108,7 +93,7 @@ def write_report(
     Args:
       directory: for the files.
       title: plain text.
-      results: of `Suite.run` or `side_by_side`.
+      results: of `Suite.run` or `suite_results.side_by_side`.
       facts: (name, value) pairs shown on top.
 
     Returns:
@@ -139,19 +124,23 @@ def _blocks(title: str, results: Results, facts: Sequence[tuple[str, str]], draw
     if facts:
         blocks.append(("table", ("", ""), [*facts]))
     blocks.append(("table", ("model", "parameters", "step"), _model_rows(results)))
+    if results["left_out"]:
+        blocks.append(("text", f"Left out: {'; '.join(results['left_out'])}."))
     if "gain" in drawn:
         blocks += [("heading", 2, "Where retrieval helps"), ("plot", "gain")]
     for entry in results["sets"]:
         blocks += _set_blocks(entry, drawn)
     if results["sweeps"]:
         blocks.append(("heading", 2, "Sweeps"))
-    for sweep in results["sweeps"]:
+    for number, sweep in enumerate(results["sweeps"], 1):
         x, heading, _, percent = _SWEEPS[sweep["kind"]]
         blocks.append(("heading", 3, f"{heading}: {sweep['model']} on {sweep['set']}"))
         plot = ("plot", f"{sweep['kind']}-{sweep['set']}")
         if plot not in blocks:  # one shows all models
             blocks.append(plot)
-        blocks.append(_sweep_table(sweep, x, percent))
+        blocks.append(sweep_table(sweep, x, percent))
+        stems = [_sweep_stem(number, sweep, part) for part in ("source", "overlap")]
+        blocks += [("plot", stem) for stem in stems if stem in drawn]
     return blocks
 
 
@@ -160,141 +149,60 @@ def _model_rows(results: Results) -> list[tuple[str, ...]]:
 
 
 def _set_blocks(entry: Mapping[str, Any], drawn: set[str]) -> list[Block]:
-    rows, name = entry["rows"], entry["name"]
-    size = f"{entry['documents']:,} documents, {entry['bytes']:,} bytes, {entry['tokens']:,} tokens"
+    name = entry["name"]
+    size = [f"{entry[key]:,} {key}" for key in ("documents", "bytes", "tokens") if key in entry]
+    text = ", ".join(size)
     leaked = entry.get("mean_leaked_share")
     if leaked is not None:
-        size += f"; on average {100 * leaked:.1f} % of a chunk is one run that its nearest neighbours hold too"
-    blocks: list[Block] = [("heading", 2, name), ("text", size + "."), _scores_table(entry)]
-    sources = list(rows[0]["parts"]["source"])
-    if len(sources) > 1:
-        blocks += [("heading", 3, "By source"), _parts_table(entry, "source", "bits/byte")]
-    if any("completions" in row for row in rows):
-        blocks += [("heading", 3, "Completions"), _completions_table(entry)]
-    if f"leakage-{name}" in drawn:
-        blocks += [("heading", 3, "By leakage"), ("plot", f"leakage-{name}"), _leakage_table(rows)]
-    for part, heading in (
-        ("overlap", "By overlap with what was read"),
-        ("run", "By the run of tokens, ending here, that was read"),
-    ):
-        if f"{part}-{name}" in drawn:
-            blocks += [("heading", 3, heading), ("plot", f"{part}-{name}"), _parts_table(entry, part, "bits/byte")]
+        text += f"; on average {100 * leaked:.1f} % of a chunk is one run that its nearest neighbours hold too"
+    blocks: list[Block] = [("heading", 2, name), ("text", text + "."), scores_table(entry)]
+    blocks += [("text", line) for line in map(options_line, entry["rows"]) if line]
+    by_source = [one for _, one in divided(entry, "source") if len(one["rows"][0]["parts"]["source"]) > 1]
+    if by_source:
+        blocks += [("heading", 3, "By source"), *(parts_table(one, "source") for one in by_source)]
+    completions = divided(entry, "completions")
+    if completions:
+        blocks += [("heading", 3, "Completions"), *(completions_table(one) for _, one in completions)]
+    for part, heading in (("leakage", "By leakage"), *_OVERLAPS):
+        shown = [(stem, one) for stem, one in divided(entry, part) if stem in drawn]
+        if shown:
+            blocks.append(("heading", 3, heading))
+        for stem, one in shown:
+            blocks += [("plot", stem), leakage_table(one) if part == "leakage" else parts_table(one, part)]
     if f"size-{name}" in drawn:
         blocks += [("heading", 3, "By size"), ("plot", f"size-{name}")]
     return blocks
 
 
-def _scores_table(entry: Mapping[str, Any]) -> Block:
-    rows = entry["rows"]
-    first = rows[0]["label"]
-    header = ["", "k", "bits/byte", f"against {first} (95 %)", "against OFF (95 %)", "nats/token"]
-    words = any("word_perplexity" in row for row in rows)
-    body = []
-    for row in rows:
-        line = [
-            row["label"],
-            "" if row["k"] is None else str(row["k"] or "-"),
-            f"{row['bits_per_byte']:.4f}",
-            _difference(entry, first, row["label"]),
-            _difference(entry, _off_of(rows, row), row["label"]),
-            f"{row['nats_per_token']:.4f}",
+def _sweep_stem(number: int, sweep: Mapping[str, Any], part: str) -> str:
+    """Stem of the plot of one sweep by parts; `number` tells sweeps of several models apart."""
+    return f"{sweep['kind']}-{sweep['set']}-{part}-{number}"
+
+
+def _gained(sweep: Mapping[str, Any], part: str) -> dict[str, list[tuple[float, float]]]:
+    """Name of a part to (x, bits per byte less those of OFF); nothing for sweeps that have no OFF or no such parts."""
+    off = sweep.get("off", {}).get("parts", {}).get(part, {})
+    return {
+        name: [
+            (point["x"], point["parts"][part][name]["bits_per_byte"] - score["bits_per_byte"])
+            for point in sweep["points"]
         ]
-        body.append((*line, f"{row['word_perplexity']:.2f}") if words else tuple(line))
-    return ("table", (*header, "perplexity/word") if words else tuple(header), body)
-
-
-def _parts_table(entry: Mapping[str, Any], part: str, unit: str) -> Block:
-    rows = entry["rows"]
-    names = [name for name, score in rows[0]["parts"][part].items() if score["bytes"]]
-    sizes = (f"share of bytes, {unit} below", *(_share(rows[0]["parts"][part], name) for name in names))
-    body = [sizes]
-    for row in rows:
-        cells = [f"{row['parts'][part][name]['bits_per_byte']:.4f}" for name in names]
-        body.append((row["label"], *cells))
-    pairs = [(rows[0]["label"], row["label"]) for row in rows[1:]]
-    pairs += [(_off_of(rows, row), row["label"]) for row in rows if row["method"] == "on"]
-    for first, second in dict.fromkeys(pairs):
-        found = {
-            difference["name"]: difference
-            for difference in entry["differences"]
-            if (difference["first"], difference["second"], difference["part"]) == (first, second, part)
-        }
-        if found:
-            body.append(
-                (f"{second} less {first}", *(_interval(found[name]) if name in found else "" for name in names))
-            )
-    return ("table", ("", *names), body)
-
-
-def _completions_table(entry: Mapping[str, Any]) -> Block:
-    body = []
-    for row in entry["rows"]:
-        for alignment, scores in row["completions"].items():
-            accuracy = scores["accuracy"]
-            body.append(
-                (
-                    row["label"],
-                    alignment,
-                    "" if accuracy is None else f"{100 * accuracy:.1f} %",
-                    f"{scores['bits_per_byte']:.4f}",
-                    _difference(
-                        entry, entry["rows"][0]["label"], row["label"], f"completions, {alignment}", "accuracy"
-                    ),
-                    f"{scores['completions']:,}",
-                )
-            )
-    header = ("", "alignment", "accuracy", "bits/byte", "accuracy against the first (95 %)", "completions")
-    return ("table", header, body)
-
-
-def _leakage_table(rows: Sequence[Mapping[str, Any]]) -> Block:
-    points = rows[0]["leakage"]
-    body = [("share of chunks", *(f"{100 * point['chunks'] / points[-1]['chunks']:.1f} %" for point in points))]
-    body += [(row["label"], *(f"{point['bits_per_byte']:.4f}" for point in row["leakage"])) for row in rows]
-    return ("table", ("at most", *(f"{100 * point['alpha']:g} %" for point in points)), body)
-
-
-def _sweep_table(sweep: Mapping[str, Any], x: str, percent: bool) -> Block:
-    header: tuple[str, ...] = (x, "bits/byte")
-    differences = "difference" in sweep["points"][0]
-    found = "neighbours_found" in sweep["points"][0]
-    header += (("against OFF (95 %)",) if differences else ()) + (("neighbours found",) if found else ())
-    body = []
-    for point in sweep["points"]:
-        line = [f"{100 * point['x']:.4g} %" if percent else f"{point['x']:,}", f"{point['bits_per_byte']:.4f}"]
-        if differences:
-            line.append(_interval(point["difference"]))
-        if found:
-            line.append(f"{point['neighbours_found']:.2f}")
-        body.append(tuple(line))
-    return ("table", header, body)
-
-
-def _difference(entry: Mapping[str, Any], first: str | None, second: str, part: str = "all", name: str = "all") -> str:
-    for one in entry["differences"]:
-        if (one["first"], one["second"], one["part"]) == (first, second, part) and one["name"] == name:
-            return _interval(one)
-    return ""
-
-
-def _interval(difference: Mapping[str, Any]) -> str:
-    mark = "" if difference["is_certain"] else " ?"
-    return f"{difference['estimate']:+.4f} [{difference['low']:+.4f}, {difference['high']:+.4f}]{mark}"
-
-
-def _off_of(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> str | None:
-    """Label of the same model without retrieval."""
-    return next((one["label"] for one in rows if one["model"] == row["model"] and one["method"] == "off"), None)
-
-
-def _share(scores: Mapping[str, Any], name: str) -> str:
-    return f"{100 * scores[name]['bytes'] / sum(score['bytes'] for score in scores.values()):.1f} %"
+        for name, score in off.items()
+        if score["bytes"]
+    }
 
 
 def _is_gain(entry: Mapping[str, Any], difference: Mapping[str, Any]) -> bool:
-    """Whether it compares a method with the first row, both of one suite."""
-    first = next(row for row in entry["rows"] if row["label"] == difference["first"])
-    return first["method"] == "baseline" or first is entry["rows"][0]
+    """Whether it compares a row with the first of its suite."""
+    second = next(row for row in entry["rows"] if row["label"] == difference["second"])
+    return second["reference"] == difference["first"]
+
+
+def _from_reference(named: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """Name of the axis of differences from the first row."""
+    firsts = {difference["first"] for _, difference in named}
+    first = firsts.pop() if len(firsts) == 1 else "the first of its suite"
+    return f"difference from {first} in bits per byte; left of zero is better"
 
 
 def _part_name(entry: Mapping[str, Any], difference: Mapping[str, Any]) -> str:

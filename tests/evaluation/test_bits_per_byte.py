@@ -1,5 +1,6 @@
 """Bits-per-byte is exact: every byte once, the same number however the work is cut."""
 
+import dataclasses
 import json
 import math
 
@@ -15,7 +16,7 @@ from retro_jax.data.tokenizer import EOS_ID
 from retro_jax.errors import UserError
 from retro_jax.evaluation.bits_per_byte import Score, document_groups, document_scores
 from retro_jax.evaluation.forward import Forward
-from retro_jax.evaluation.losses import LossCollector, TokenLosses, collect
+from retro_jax.evaluation.losses import collect
 from retro_jax.evaluation.neighbourhood import Neighbourhood
 from retro_jax.evaluation.passes import document_tokens, scored_spans
 from retro_jax.model.retro import Retro
@@ -68,16 +69,19 @@ def test_a_uniform_model_costs_log2_of_the_vocabulary_for_each_token(corpus, one
 
 
 def test_bits_per_byte_of_a_uniform_model_is_exact(corpus):
-    """In exact arithmetic from losses of ln V, to the last digit of float64."""
-    collector = LossCollector(corpus)
-    for document in range(corpus.num_documents):
-        collector.add(document, 1, np.zeros(document_tokens(corpus, document) - 1))
-    losses = collector.finish()
-    tokens = corpus.tokens(np.arange(corpus.num_chunks))
-    uniform = TokenLosses(corpus, np.where(corpus.tokenizer.is_text(tokens), math.log(MODEL.vocab_size), 0.0))
-    found = document_scores(uniform).total()
-    expected = math.log2(MODEL.vocab_size) * (corpus.num_tokens - 2 * corpus.num_documents) / corpus.num_bytes
-    assert losses.nats.shape == uniform.nats.shape and found.bits_per_byte == pytest.approx(expected, rel=1e-14)
+    """A model that computes in float64 gives log2 V a token to the last digit, one in float32 to its last digit."""
+    text = corpus.tokenizer.is_text(corpus.tokens(np.arange(corpus.num_chunks)))
+    bits_a_byte = text.sum() / corpus.num_bytes / math.log(2)
+    for dtype in ("float32", "float64"):
+        with jax.enable_x64(dtype == "float64"):
+            mesh = create_mesh(MeshConfig(fsdp=1), devices=jax.devices()[:1])
+            losses = losses_of(corpus, mesh, model_on(mesh, dataclasses.replace(MODEL, dtype=dtype), scale=0.0))
+        assert losses.nats.dtype == dtype
+        (nats,) = np.unique(losses.nats[text])
+        assert abs(nats - math.log(MODEL.vocab_size)) <= np.spacing(nats)
+        found = document_scores(losses).total().bits_per_byte
+        assert found == pytest.approx(float(nats) * bits_a_byte, rel=1e-14)
+    assert found == pytest.approx(math.log2(MODEL.vocab_size) * text.sum() / corpus.num_bytes, rel=1e-14)
 
 
 @pytest.mark.parametrize("retrieval", [False, True])

@@ -1,7 +1,11 @@
 """Losses of a corpus are whole or refused, kept once, and not mixed up."""
 
+import shutil
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from small_run import K
 
 from retro_jax.data.corpus import Corpus
@@ -10,6 +14,7 @@ from retro_jax.evaluation.losses import LossCollector, TokenLosses, kept_losses
 from retro_jax.evaluation.neighbourhood import Neighbourhood, other_documents
 from retro_jax.evaluation.passes import document_tokens
 from retro_jax.retrieval.neighbours import NeighbourTable
+from retro_jax.retrieval.segments import DatabaseCorpus, Segments
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +103,33 @@ def test_a_smaller_share_of_the_database_is_part_of_a_larger_one_and_keeps_the_o
         Neighbourhood(table, database, K, share=0.0).check(corpus)
 
 
-def test_every_document_has_another_one_for_the_control():
-    others = other_documents(7)
-    assert sorted(others.tolist()) == list(range(7)) and (others != np.arange(7)).all()
-    with pytest.raises(UserError, match="at least two documents"):
-        other_documents(1)
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.integers(0, 5), min_size=2, max_size=30).filter(lambda keys: len(set(keys)) > 1))
+def test_every_document_has_one_of_another_group_for_the_control(keys):
+    keys = np.array(keys)
+    others = other_documents(keys)
+    assert (keys[others] != keys).all() and (others == other_documents(keys)).all()
+    if 2 * np.bincount(keys).max() <= len(keys):
+        assert sorted(others.tolist()) == list(range(len(keys)))
+
+
+def test_documents_of_one_group_have_no_control():
+    with pytest.raises(UserError, match="documents of at least two groups"):
+        other_documents(np.zeros(3, int))
+
+
+def test_losses_are_kept_as_exactly_as_they_are_given(corpus):
+    collector = LossCollector(corpus, dtype=np.float64)
+    for document in range(corpus.num_documents):
+        collector.add(document, 1, np.full(document_tokens(corpus, document) - 1, 1 / 3))
+    assert set(np.unique(collector.finish().nats)) == {0.0, 1 / 3}
+
+
+def test_neighbours_that_were_removed_from_the_database_are_refused(small_data, corpus, tmp_path):
+    table, directory = NeighbourTable(small_data.neighbours), tmp_path / "database"
+    shutil.copytree(small_data.database, directory)
+    Neighbourhood(table, DatabaseCorpus(directory), K).check(corpus)
+    chunk = int(table.ids(np.arange(1))[0, 0])
+    Segments().save(directory, additions=(), removed=np.array([[chunk, chunk + 1]]))
+    with pytest.raises(UserError, match=f"have been removed from {directory} since"):
+        Neighbourhood(table, DatabaseCorpus(directory), K).check(corpus)

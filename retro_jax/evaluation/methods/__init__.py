@@ -19,7 +19,7 @@ from retro_jax.evaluation.methods.cache import ContinuousCache
 from retro_jax.evaluation.methods.gate import Spalm
 from retro_jax.evaluation.methods.knn_lm import KnnLm
 from retro_jax.evaluation.methods.lexical import Bm25Neighbours, Bm25Reranked
-from retro_jax.evaluation.methods.method import Method, MethodContext, MethodOptions
+from retro_jax.evaluation.methods.method import SEARCHES, Method, MethodContext, MethodOptions
 from retro_jax.evaluation.methods.reading import Prepend, Rag
 
 METHODS: dict[str, Callable[[MethodContext], Method]] = {
@@ -34,4 +34,4 @@ def check_methods(names: Iterable[str]) -> None:
             raise UserError(f"{name!r} is no comparison method{did_you_mean(name, METHODS)}")
 
 
-__all__ = ["METHODS", "Method", "MethodContext", "MethodOptions", "check_methods"]
+__all__ = ["METHODS", "SEARCHES", "Method", "MethodContext", "MethodOptions", "check_methods"]

@@ -6,16 +6,17 @@ over the last tokens of the document (Grave et al. 2017, equations 2 and 3), mix
 database, so it tells what of a gain is mere repetition inside a document.
 """
 
+import functools
 from typing import Any
 
 import numpy as np
 
 from retro_jax.evaluation.evaluated import Evaluated
-from retro_jax.evaluation.methods.activations import predictions
+from retro_jax.evaluation.methods.activations import Predicted, predictions
 from retro_jax.evaluation.methods.knn_lm import predicted_text
 from retro_jax.evaluation.methods.method import MethodContext
 from retro_jax.evaluation.methods.mixture import best_mixture, log_sum, mix
-from retro_jax.evaluation.methods.tuned import Evidence, TunedMethod
+from retro_jax.evaluation.methods.tuned import Evidence, Other, TunedMethod
 
 # theta times the mean squared length of the states.
 _SHARPNESS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
@@ -35,9 +36,7 @@ class ContinuousCache(TunedMethod):
     def gather(self, evaluated: Evaluated) -> Evidence:
         context = self.context
         documents, _, nats = predicted_text(context, evaluated)
-        # The length of a normalised state does not depend on the text, so that theta means the same for every set.
-        norm = context.run.plan.merge(context.run.params).decoder.norm
-        thetas = np.array(_SHARPNESS) / float(np.square(np.asarray(norm.scale[...], np.float64)).sum())
+        thetas = np.array(_SHARPNESS) / self._length
         found = [
             cache_log_probabilities(one.states, one.labels, thetas, context.options.cache_size)
             for one in predictions(
@@ -53,12 +52,26 @@ class ContinuousCache(TunedMethod):
         theta, weight = best_mixture(evidence.nats, zip(_SHARPNESS, evidence["log_cache"].T, strict=True))
         return {"weight": weight, "theta": theta}
 
-    def fixed(self) -> dict[str, Any]:
+    def fixed(self, evidence: Evidence) -> dict[str, Any]:
         return dict(_FIXED)
 
     def apply(self, parameters: dict[str, Any], evidence: Evidence) -> np.ndarray:
         column = _SHARPNESS.index(parameters["theta"])
         return mix(evidence.nats, evidence["log_cache"][:, column], parameters["weight"])
+
+    def other(self, parameters: dict[str, Any], evidence: Evidence, text: Predicted, places: np.ndarray) -> Other:
+        memory = np.arange(places.max(initial=0))
+        remembered = memory < places[:, None]
+        remembered &= memory >= places[:, None] - self.context.options.cache_size
+        products = (text.states[places] @ text.states[memory].T).astype(np.float64)
+        logits = np.where(remembered, parameters["theta"] / self._length * products, -np.inf)
+        return Other(np.broadcast_to(text.labels[memory], logits.shape), logits, parameters["weight"])
+
+    @functools.cached_property
+    def _length(self) -> float:
+        """Mean squared length of the states, which does not depend on the text: theta means the same for every set."""
+        norm = self.context.run.plan.merge(self.context.run.params).decoder.norm
+        return float(np.square(np.asarray(norm.scale[...], np.float64)).sum())
 
 
 def cache_log_probabilities(states: np.ndarray, labels: np.ndarray, thetas: np.ndarray, size: int) -> np.ndarray:

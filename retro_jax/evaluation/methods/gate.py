@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from retro_jax.errors import UserError
 from retro_jax.evaluation.evaluated import Evaluated
 from retro_jax.evaluation.methods.activations import predictions
 from retro_jax.evaluation.methods.knn_lm import KnnLm
@@ -32,11 +31,10 @@ class Spalm(KnnLm):
     """kNN-LM with a gate in the place of the weight; temperature and the gate's start are kNN-LM's."""
 
     name = "spalm"
+    needs_tuning = True
 
     def __init__(self, context: MethodContext) -> None:
         super().__init__(context)
-        if context.tuning is None:
-            self.fixed()
         self.settings |= {"gate_steps": _STEPS, "gate_decay": _DECAY}
 
     def gather(self, evaluated: Evaluated) -> Evidence:
@@ -57,12 +55,8 @@ class Spalm(KnnLm):
         kernel, bias = train_gate(evidence["states"], evidence.nats, found, start["weight"])
         return {"sharpness": start["sharpness"], "kernel": kernel, "bias": bias}
 
-    def fixed(self) -> dict[str, Any]:
-        raise UserError("spalm trains its gate on a tuning set; give one")
-
-    def apply(self, parameters: dict[str, Any], evidence: Evidence) -> np.ndarray:
-        found = self._log_knn(evidence, parameters["sharpness"])
-        return mix(evidence.nats, found, gate(evidence["states"], parameters["kernel"], parameters["bias"]))
+    def weight(self, parameters: dict[str, Any], evidence: Evidence) -> np.ndarray:
+        return gate(evidence["states"], parameters["kernel"], parameters["bias"])
 
     def describe(self, parameters: dict[str, Any]) -> dict[str, Any]:
         norm = float(np.linalg.norm(parameters["kernel"]))

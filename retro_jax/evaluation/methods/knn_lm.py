@@ -10,11 +10,11 @@ from retro_jax.data.arrays import ArrayWriter
 from retro_jax.data.corpus import Corpus
 from retro_jax.data.stage import Stage, shard_name
 from retro_jax.evaluation.evaluated import Evaluated
-from retro_jax.evaluation.methods.activations import predictions
+from retro_jax.evaluation.methods.activations import Predicted, predictions
 from retro_jax.evaluation.methods.datastore import Datastore, build_datastore
 from retro_jax.evaluation.methods.method import MethodContext
-from retro_jax.evaluation.methods.mixture import best_mixture, mix, neighbour_log_probability
-from retro_jax.evaluation.methods.tuned import Evidence, TunedMethod
+from retro_jax.evaluation.methods.mixture import best_mixture, mix, neighbour_log_probability, neighbour_logits
+from retro_jax.evaluation.methods.tuned import Evidence, Other, TunedMethod
 
 # The paper's weight; its temperature belongs to its own embeddings.
 _WEIGHT = 0.118
@@ -37,14 +37,13 @@ class KnnLm(TunedMethod):
             "datastore_share": options.datastore_share,
             "datastore_search": options.datastore_search,
         }
-        self.inputs["datastore"] = context.database_corpus().fingerprint
+        self.inputs |= context.database_inputs("datastore")
         self._datastore: Datastore | None = None
 
     def gather(self, evaluated: Evaluated) -> Evidence:
         rows = self.nearest(evaluated.corpus)
         documents, labels, nats = predicted_text(self.context, evaluated)
-        arrays = {"distances": rows["distances"], "matches": rows["values"] == labels[:, None]}
-        return Evidence(documents, nats, arrays)
+        return Evidence(documents, nats, {"distances": rows["distances"], "values": rows["values"], "labels": labels})
 
     def fit(self, evidence: Evidence) -> dict[str, Any]:
         scale = _scale(evidence["distances"])
@@ -52,14 +51,21 @@ class KnnLm(TunedMethod):
         sharpness, weight = best_mixture(evidence.nats, candidates)
         return {"weight": weight, "sharpness": sharpness}
 
-    def fixed(self) -> dict[str, Any]:
-        return {"weight": _WEIGHT, "sharpness": None}
+    def fixed(self, evidence: Evidence) -> dict[str, Any]:
+        return {"weight": _WEIGHT, "sharpness": 1 / _scale(evidence["distances"])}
 
     def apply(self, parameters: dict[str, Any], evidence: Evidence) -> np.ndarray:
-        sharpness = parameters["sharpness"]
-        if sharpness is None:
-            sharpness = 1 / _scale(evidence["distances"])
-        return mix(evidence.nats, self._log_knn(evidence, sharpness), parameters["weight"])
+        found = self._log_knn(evidence, parameters["sharpness"])
+        return mix(evidence.nats, found, self.weight(parameters, evidence))
+
+    def weight(self, parameters: dict[str, Any], evidence: Evidence) -> np.ndarray | float:
+        """lambda of every token [n], or one for all."""
+        return parameters["weight"]
+
+    def other(self, parameters: dict[str, Any], evidence: Evidence, text: Predicted, places: np.ndarray) -> Other:
+        some = evidence.of(places)
+        logits = neighbour_logits(some["distances"], parameters["sharpness"])
+        return Other(some["values"], logits, self.weight(parameters, some))
 
     def nearest(self, corpus: Corpus) -> np.ndarray:
         """distances float32 [n, k] and values int32 [n, k] of the nearest keys of every text token of a corpus.
@@ -96,7 +102,8 @@ class KnnLm(TunedMethod):
         return np.concatenate([np.load(Path(directory) / name, mmap_mode="r") for name in _names(len(parts))])
 
     def _log_knn(self, evidence: Evidence, sharpness: float) -> np.ndarray:
-        return neighbour_log_probability(evidence["distances"], evidence["matches"], sharpness)
+        matches = evidence["values"] == evidence["labels"][:, None]
+        return neighbour_log_probability(evidence["distances"], matches, sharpness)
 
 
 def predicted_text(context: MethodContext, evaluated: Evaluated) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

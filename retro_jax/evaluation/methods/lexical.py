@@ -7,6 +7,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from retro_jax.errors import UserError
 from retro_jax.evaluation.evaluated import Evaluated
 from retro_jax.evaluation.losses import TokenLosses, collect
@@ -28,6 +30,7 @@ class Bm25Neighbours:
     name = "bm25"
     for_retro = True
     needs_neighbours = False
+    needs_tuning = False
 
     def __init__(self, context: MethodContext) -> None:
         if context.run.config.model.is_baseline:
@@ -36,7 +39,7 @@ class Bm25Neighbours:
             )
         self._context = context
         self.settings: dict[str, Any] = {"k": context.k, "bm25": dataclasses.asdict(Bm25Settings())}
-        self.inputs = {"database": context.database_corpus().fingerprint}
+        self.inputs = context.database_inputs("database")
 
     def table(self, evaluated: Evaluated) -> NeighbourTable:
         """The neighbours of a set, found once and kept; filtered as those that it has."""
@@ -51,7 +54,7 @@ class Bm25Neighbours:
         )
         return NeighbourTable(directory)
 
-    def losses(self, evaluated: Evaluated) -> TokenLosses:
+    def losses(self, evaluated: Evaluated, asked: np.ndarray | None = None) -> TokenLosses:
         """Losses of the tokens of a set; see `Method`.
 
         Raises:
@@ -61,7 +64,7 @@ class Bm25Neighbours:
         context.run.check_tokenizer(corpus.tokenizer_fingerprint, str(corpus.directory))
         neighbourhood = Neighbourhood(self.table(evaluated), context.database_corpus(), context.k)
         spans = scored_spans(
-            context.plain,
+            context.plain if asked is None else context.with_best,
             corpus,
             **context.windows,
             neighbourhood=neighbourhood,

@@ -30,16 +30,24 @@ class Method(Protocol):
       inputs: fingerprints of what they are made from, beside the run and the evaluated corpus.
       for_retro: whether it runs on a RETRO, else on a baseline.
       needs_neighbours: whether it cannot do without the neighbours of the set.
+      needs_tuning: whether it cannot do without a tuning set.
     """
 
     name: str
     for_retro: bool
     needs_neighbours: bool
+    needs_tuning: bool
     settings: dict[str, Any]
     inputs: dict[str, str]
 
-    def losses(self, evaluated: Evaluated) -> TokenLosses:
-        """Losses of the tokens that the model itself is scored on; their settings say what was tuned."""
+    def losses(self, evaluated: Evaluated, asked: np.ndarray | None = None) -> TokenLosses:
+        """Losses of the tokens that the model itself is scored on; their settings say what was tuned.
+
+        Args:
+          evaluated: the set.
+          asked: bool [chunks, M], tokens in whose place the most probable one is to be known too. A method that cannot
+            tell gives losses without `best`.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +119,11 @@ class MethodContext:
         return self._forward(self.run.params)
 
     @functools.cached_property
+    def with_best(self) -> Forward:
+        """The run's model, with the most probable tokens."""
+        return self._forward(self.run.params, best=True)
+
+    @functools.cached_property
     def with_states(self) -> Forward:
         """The run's model, with what its output head reads."""
         return self._forward(self.run.params, hidden=True)
@@ -120,14 +133,10 @@ class MethodContext:
         """The keys of kNN-LM as hidden states; its losses mean nothing."""
         return self._forward(key_params(self.run.plan, self.run.params), hidden=True)
 
-    def _forward(self, params: nnx.State, *, hidden: bool = False) -> Forward:
+    def _forward(self, params: nnx.State, **outputs: bool) -> Forward:
+        run = self.run
         return Forward(
-            self.run.plan,
-            params,
-            self.run.mesh,
-            batch_size=self.batch_size,
-            hidden=hidden,
-            vocab_block=self.run.config.vocab_block,
+            run.plan, params, run.mesh, batch_size=self.batch_size, vocab_block=run.config.vocab_block, **outputs
         )
 
     def database_corpus(self) -> DatabaseCorpus:
@@ -140,9 +149,19 @@ class MethodContext:
         self.run.check_tokenizer(corpus.tokenizer_fingerprint, str(self.database))
         return corpus
 
+    def database_inputs(self, name: str) -> dict[str, str]:
+        """Fingerprints of the chunks of the database, under a name, and of which of them have been removed."""
+        corpus = self.database_corpus()
+        removed = corpus.segments.removed_sha256
+        return {name: corpus.fingerprint} | ({"removed": removed} if removed else {})
+
 
 def losses_by_document(
-    corpus: Corpus, documents: Sequence[int] | np.ndarray, nats: np.ndarray, settings: dict[str, Any]
+    corpus: Corpus,
+    documents: Sequence[int] | np.ndarray,
+    nats: np.ndarray,
+    settings: dict[str, Any],
+    best: np.ndarray | None = None,
 ) -> TokenLosses:
     """Losses from one flat array.
 
@@ -152,9 +171,10 @@ def losses_by_document(
         token may be missing.
       nats: [n] their losses.
       settings: what the losses say of themselves.
+      best: [n] int32, the most probable token in the place of each; None where it is unknown.
     """
-    collector = LossCollector(corpus)
+    collector = LossCollector(corpus, best=best is not None, dtype=nats.dtype)
     bounds = np.searchsorted(documents, np.arange(corpus.num_documents + 1))
     for document, (first, stop) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)):
-        collector.add(document, 1, nats[first:stop])
+        collector.add(document, 1, nats[first:stop], None if best is None else best[first:stop])
     return collector.finish(settings)

@@ -88,9 +88,30 @@ def neighbour_log_probability(distances: np.ndarray, matches: np.ndarray, sharpn
     Returns:
       -inf where no neighbour has the token, NaN where there is no neighbour.
     """
-    logits = np.where(np.isfinite(distances), -sharpness * np.asarray(distances, np.float64), -np.inf)
+    logits = neighbour_logits(distances, sharpness)
     with np.errstate(invalid="ignore"):  # NaN is meant where there is nothing
         return log_sum(np.where(matches, logits, -np.inf)) - log_sum(logits)
+
+
+def neighbour_logits(distances: np.ndarray, sharpness: float) -> np.ndarray:
+    """-sharpness d float64 [n, k] of squared distances, -inf for none: ln of a weight but for a constant."""
+    return np.where(np.isfinite(distances), -sharpness * np.asarray(distances, np.float64), -np.inf)
+
+
+def most_probable(own: np.ndarray, tokens: np.ndarray, other: np.ndarray, weight: np.ndarray | float) -> np.ndarray:
+    """The most probable token [n] int32 of (1 - weight) p_LM + weight p_other, the first of equals.
+
+    Args:
+      own: [n, V] logits of the language model.
+      tokens: [n, S] int, tokens that the second distribution knows; a repeated one adds up.
+      other: [n, S] their logits, -inf for none. Where all are, there is no such distribution.
+      weight: lambda in [0, 1], one number or [n].
+    """
+    known = np.isfinite(other).any(axis=-1)
+    weight = np.where(known, weight, 0.0)[:, None]
+    mixed = (1 - weight) * _softmax(own)
+    np.add.at(mixed, (np.arange(len(own))[:, None], tokens), weight * _softmax(np.where(known[:, None], other, 0.0)))
+    return mixed.argmax(axis=-1).astype(np.int32)
 
 
 def log_sum(logits: np.ndarray) -> np.ndarray:
@@ -99,3 +120,7 @@ def log_sum(logits: np.ndarray) -> np.ndarray:
     shift = np.where(np.isfinite(highest), highest, 0)
     with np.errstate(divide="ignore"):
         return shift + np.log(np.exp(logits - shift[..., None]).sum(axis=-1))
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    return np.exp(logits - log_sum(logits)[:, None])

@@ -105,8 +105,8 @@ def joined(neighbours: np.ndarray, room: int, tokenizer: Tokenizer) -> np.ndarra
 
 def read(
     forward: Forward, corpus: Corpus, rows: Sequence[tuple[Piece, np.ndarray]], size: int, description: str
-) -> Iterator[np.ndarray]:
-    """Losses [n] of the scored tokens of pieces with prefixes, in order."""
+) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """Losses [n] of the scored tokens of pieces with prefixes, in order, and the most probable ones in their places."""
     with Progress(description, total=len(rows), unit="rows") as progress:
         for begin in range(0, len(rows), forward.batch_size):
             batch = []
@@ -115,8 +115,8 @@ def read(
                 text = corpus.tokens(np.arange(first, first + chunks)).reshape(-1)
                 batch.append(reading_row(text, prefix, piece, size, corpus.pad_id))
             found = forward(np.stack([row[0] for row in batch]), np.stack([row[1] for row in batch]))
-            for nats, (_, _, places) in zip(found.nats, batch, strict=True):
-                yield nats[places]
+            for row, (_, _, places) in enumerate(batch):
+                yield found.nats[row, places], None if found.best is None else found.best[row, places]
             progress.update(len(batch))
 
 
@@ -130,6 +130,7 @@ class Prepend:
     name = "prepend"
     for_retro = False
     needs_neighbours = True
+    needs_tuning = False
 
     def __init__(self, context: MethodContext) -> None:
         self._context = context
@@ -137,7 +138,7 @@ class Prepend:
         self.settings: dict[str, Any] = {"neighbours": options.prepended, "stride_in_chunks": options.prepend_stride}
         self.inputs: dict[str, str] = {}
 
-    def losses(self, evaluated: Evaluated) -> TokenLosses:
+    def losses(self, evaluated: Evaluated, asked: np.ndarray | None = None) -> TokenLosses:
         """Losses of the tokens of a set; see `Method`.
 
         Raises:
@@ -148,10 +149,11 @@ class Prepend:
         neighbours = _neighbour_texts(evaluated, every, count)
         room, tokenizer = context.window // 2, corpus.tokenizer
         rows = [(piece, joined(texts, room, tokenizer)) for piece, texts in zip(every, neighbours, strict=True)]
-        collector = LossCollector(corpus)
-        found = read(context.plain, corpus, rows, context.window, f"{evaluated.name}: {self.name}")
-        for piece, nats in zip(every, found, strict=True):
-            collector.add(piece.window.document, piece.first, nats)
+        forward = context.plain if asked is None else context.with_best
+        collector = LossCollector(corpus, best=asked is not None)
+        found = read(forward, corpus, rows, context.window, f"{evaluated.name}: {self.name}")
+        for piece, (nats, best) in zip(every, found, strict=True):
+            collector.add(piece.window.document, piece.first, nats, best)
         read_tokens = float(np.mean([len(prefix) for _, prefix in rows]))
         return collector.finish({"mean_tokens_prepended": read_tokens, "window": context.window})
 
@@ -167,6 +169,7 @@ class Rag(TunedMethod):
 
     name = "rag"
     needs_neighbours = True
+    tells_best = False  # it knows what each reading gives the token that came, and no other
 
     def __init__(self, context: MethodContext) -> None:
         super().__init__(context)
@@ -190,7 +193,7 @@ class Rag(TunedMethod):
         firsts = np.cumsum([0, *(piece.stop - piece.first for piece in every)])
         after = np.full((firsts[-1], count), np.inf, np.float32)
         found = read(context.plain, corpus, rows, context.window, f"{evaluated.name}: {self.name}")
-        for (number, place), costs in zip(owners, found, strict=True):
+        for (number, place), (costs, _) in zip(owners, found, strict=True):
             after[firsts[number] : firsts[number + 1], place] = costs
         return Evidence(documents, nats, {"after": after, "distances": np.repeat(distances, np.diff(firsts), axis=0)})
 
@@ -199,7 +202,7 @@ class Rag(TunedMethod):
         sharpness, weight = best_mixture(evidence.nats, candidates)
         return {"weight": weight, "sharpness": sharpness}
 
-    def fixed(self) -> dict[str, Any]:
+    def fixed(self, evidence: Evidence) -> dict[str, Any]:
         return {"weight": 0.5, "sharpness": 0.0}
 
     def apply(self, parameters: dict[str, Any], evidence: Evidence) -> np.ndarray:

@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,13 @@ from retro_jax.data.corpus import Corpus
 from retro_jax.errors import UserError
 from retro_jax.evaluation.evaluated import Evaluated
 from retro_jax.evaluation.losses import TokenLosses
+from retro_jax.evaluation.methods.activations import Predicted, predictions
 from retro_jax.evaluation.methods.method import MethodContext, losses_by_document
+from retro_jax.evaluation.methods.mixture import most_probable
+from retro_jax.evaluation.passes import document_keys
+from retro_jax.model.weights import compute_dtype
+
+_PLACES_AT_ONCE = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,26 +45,54 @@ class Evidence:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Other:
+    """The distribution that a method mixes with the model's in some places.
+
+    Attributes:
+      tokens: [n, S] int, those it knows; a repeated one adds up.
+      logits: [n, S] float64, -inf for none.
+      weight: lambda, one number or [n].
+    """
+
+    tokens: np.ndarray
+    logits: np.ndarray
+    weight: np.ndarray | float
+
+
 class TunedMethod(abc.ABC):
     """A `Method` whose parameters are fitted to a tuning set, or, where that is scored itself, to its other half.
 
     Attributes:
       name, settings, inputs: of `Method`.
+      tells_best: whether it knows which token is the most probable one: it has `other` then.
       context: what it was made from.
     """
 
     name: str
     for_retro = False
     needs_neighbours = False
+    needs_tuning = False
+    tells_best = True
 
     def __init__(self, context: MethodContext) -> None:
+        """Prepares the method.
+
+        Raises:
+          UserError: it needs a tuning set, or the neighbours of one, and there is none.
+        """
+        tuning = context.tuning
+        if self.needs_tuning and tuning is None:
+            raise UserError(f"{self.name} is trained on a tuning set; give one")
         self.context = context
         self.settings: dict[str, Any] = {}
         self.inputs: dict[str, str] = {}
-        if context.tuning is not None:
-            self.inputs["tuning"] = context.tuning.corpus.fingerprint
-            if self.needs_neighbours and context.tuning.neighbours is not None:
-                self.inputs["tuning_neighbours"] = context.tuning.neighbours.fingerprint
+        if tuning is not None:
+            self.inputs["tuning"] = tuning.corpus.fingerprint
+            if self.needs_neighbours:
+                if tuning.neighbours is None:
+                    raise UserError(f"{tuning.name}: {self.name} is tuned with its neighbours; find them first")
+                self.inputs["tuning_neighbours"] = tuning.neighbours.fingerprint
 
     @abc.abstractmethod
     def gather(self, evaluated: Evaluated) -> Evidence:
@@ -68,23 +103,30 @@ class TunedMethod(abc.ABC):
         """The parameters with the least loss on these tokens, never more than the model's own."""
 
     @abc.abstractmethod
-    def fixed(self) -> dict[str, Any]:
-        """Parameters without a tuning set.
-
-        Raises:
-          UserError: the method has none.
-        """
+    def fixed(self, evidence: Evidence) -> dict[str, Any]:
+        """Parameters without a tuning set, for a method that does not need one; no token that came is looked at."""
 
     @abc.abstractmethod
     def apply(self, parameters: dict[str, Any], evidence: Evidence) -> np.ndarray:
         """[n] float64, -ln p of every token."""
 
+    def other(self, parameters: dict[str, Any], evidence: Evidence, text: Predicted, places: np.ndarray) -> Other:
+        """What is mixed with the model's distribution in some places of a document.
+
+        Args:
+          parameters: as for `apply`.
+          evidence: of the whole document.
+          text: of it, with states.
+          places: [n] int, ascending, which of its tokens.
+        """
+        raise NotImplementedError
+
     def describe(self, parameters: dict[str, Any]) -> dict[str, Any]:
         """What is worth reporting of parameters, JSON-serialisable."""
         return parameters
 
-    def losses(self, evaluated: Evaluated) -> TokenLosses:
-        """Losses of the tokens of a set.
+    def losses(self, evaluated: Evaluated, asked: np.ndarray | None = None) -> TokenLosses:
+        """Losses of the tokens of a set; see `Method`.
 
         Raises:
           UserError: the set is the tuning set and has documents of one group only; what gathering raises.
@@ -93,18 +135,57 @@ class TunedMethod(abc.ABC):
         self.context.run.check_tokenizer(corpus.tokenizer_fingerprint, str(corpus.directory))
         evidence = self.gather(evaluated)
         if tuning is None:
-            tuned_on, parts = "nothing", [(slice(None), self.fixed())]
+            tuned_on, fitted = "nothing", [self.fixed(evidence)]
         elif tuning.corpus.fingerprint == corpus.fingerprint:
-            second = second_half(corpus)[evidence.documents]
+            half = second_half(corpus).astype(np.int64)
+            of_row = half[evidence.documents]
             tuned_on = f"the other half of {tuning.name}"
-            parts = [(second == side, self.fit(evidence.of(second != side))) for side in (False, True)]
+            fitted = [self.fit(evidence.of(of_row != side)) for side in (0, 1)]
         else:
-            tuned_on, parts = tuning.name, [(slice(None), self._tuned)]
-        nats = np.empty(len(evidence.nats), np.float64)
-        for rows, parameters in parts:
-            nats[rows] = self.apply(parameters, evidence.of(rows))
-        described = [self.describe(parameters) for _, parameters in parts]
-        return losses_by_document(corpus, evidence.documents, nats, {"tuned_on": tuned_on, "parameters": described})
+            tuned_on, fitted = tuning.name, [self._tuned]
+        if len(fitted) == 1:
+            nats, parameters = self.apply(fitted[0], evidence), fitted * corpus.num_documents
+        else:
+            nats, parameters = np.empty(len(of_row), np.float64), [fitted[side] for side in half]
+            for side, own in enumerate(fitted):
+                nats[of_row == side] = self.apply(own, evidence.of(of_row == side))
+        settings = {"tuned_on": tuned_on, "parameters": [self.describe(one) for one in fitted]}
+        best = None
+        if asked is not None and self.tells_best:
+            best = self._best(evaluated, evidence, asked, parameters)
+        return losses_by_document(corpus, evidence.documents, nats, settings, best)
+
+    def _best(
+        self, evaluated: Evaluated, evidence: Evidence, asked: np.ndarray, parameters: Sequence[dict[str, Any]]
+    ) -> np.ndarray:
+        """[n] int32: the most probable token of the mixture in the place of each asked one, -1 for those not asked.
+
+        Args:
+          evaluated, evidence: the set, and what is known of its n tokens of text.
+          asked: bool [chunks, M].
+          parameters: of every document.
+        """
+        context, run, corpus = self.context, self.context.run, evaluated.corpus
+        wanted = asked[corpus.tokenizer.is_text(corpus.tokens(np.arange(corpus.num_chunks)))]
+        kernel = run.plan.merge(run.params).head_kernel().astype(compute_dtype(run.config.model))
+        kernel = np.asarray(kernel, np.float32)
+        best = np.full(len(wanted), -1, np.int32)
+        bounds = np.searchsorted(evidence.documents, np.arange(corpus.num_documents + 1))
+        texts = predictions(
+            context.with_states,
+            corpus,
+            **context.windows,
+            documents=np.unique(evidence.documents[wanted]).tolist(),
+            description=f"{evaluated.name}: {self.name}, completions",
+        )
+        for text in texts:
+            rows = slice(*bounds[text.document : text.document + 2])
+            places = np.flatnonzero(wanted[rows])
+            for some in np.split(places, range(_PLACES_AT_ONCE, len(places), _PLACES_AT_ONCE)):
+                other = self.other(parameters[text.document], evidence.of(rows), text, some)
+                own = text.states[some] @ kernel.T
+                best[rows.start + some] = most_probable(own, other.tokens, other.logits, other.weight)
+        return best
 
     @functools.cached_property
     def _tuned(self) -> dict[str, Any]:
@@ -117,8 +198,7 @@ def second_half(corpus: Corpus) -> np.ndarray:
     Raises:
       UserError: there is only one group.
     """
-    firsts = np.concatenate([first for first, _ in corpus.document_ranges()])
-    groups, of_document = np.unique(corpus.document_keys(firsts), return_inverse=True)
+    groups, of_document = np.unique(document_keys(corpus), return_inverse=True)
     if len(groups) < 2:
         raise UserError(f"{corpus.directory}: tuning on one half of the documents needs two groups; give another set")
     return of_document % 2 == 1

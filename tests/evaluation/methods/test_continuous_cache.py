@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retro_jax.evaluation.methods import cache as cache_module
+from retro_jax.evaluation.methods.activations import predictions
 from retro_jax.evaluation.methods.cache import ContinuousCache, cache_log_probabilities
-from retro_jax.evaluation.methods.mixture import mix
+from retro_jax.evaluation.methods.mixture import log_sum, mix
 
 
 def by_equation(states, labels, theta, size, token, t):
@@ -38,6 +39,27 @@ def test_it_is_the_equation_and_sums_to_one(count, size, seed, block):
             assert math.exp(found[t, column]) == pytest.approx(expected, rel=1e-5, abs=1e-12)
             total = sum(by_equation(states, labels, theta, size, token, t) for token in range(4))
             assert total == pytest.approx(1)
+
+
+def test_what_is_mixed_in_is_the_cache(make_context, valid):
+    """From the tokens and logits that decide which token is the most probable one, the cache's own probabilities."""
+    context = make_context(cache_size=5)
+    method = ContinuousCache(context)
+    text = next(predictions(context.with_states, valid.corpus, **context.windows, documents=[0]))
+    places = np.array([0, 1, 4, 9])
+    found = method.other({"weight": 0.3, "theta": 8.0}, None, text, places)
+    assert found.weight == 0.3
+    scale = np.asarray(context.run.plan.merge(context.run.params).decoder.norm.scale[...], np.float64)
+    thetas = np.array([8.0]) / np.square(scale).sum()
+    expected = cache_log_probabilities(text.states, text.labels, thetas, 5)[places, 0]
+    assert np.isneginf(found.logits[0]).all() and np.isnan(expected[0])
+    for logits, tokens, place, log_probability in zip(found.logits, found.tokens, places, expected, strict=True):
+        if place:
+            weights = np.exp(logits - log_sum(logits))
+            assert weights[tokens == text.labels[place]].sum() == pytest.approx(
+                np.exp(log_probability), rel=1e-4, abs=1e-9
+            )
+            assert np.isfinite(logits).sum() == min(place, 5)
 
 
 def test_a_cache_of_weight_zero_is_the_model_and_a_tuned_one_no_worse(make_context, valid):

@@ -5,7 +5,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from small_run import M
+from small_run import MODEL, M
 
 from retro_jax.data.tokenizer import EOS_ID
 from retro_jax.errors import UserError
@@ -13,6 +13,7 @@ from retro_jax.evaluation.losses import collect
 from retro_jax.evaluation.methods import datastore as datastore_module
 from retro_jax.evaluation.methods import knn_lm as knn_lm_module
 from retro_jax.evaluation.methods.activations import key_params, predictions
+from retro_jax.evaluation.methods.cache import ContinuousCache
 from retro_jax.evaluation.methods.datastore import build_datastore
 from retro_jax.evaluation.methods.gate import Spalm, gate, train_gate
 from retro_jax.evaluation.methods.knn_lm import KnnLm
@@ -112,7 +113,31 @@ def test_a_weight_of_zero_is_the_baseline_bit_for_bit(make_context, valid, monke
     np.testing.assert_array_equal(KnnLm(context).losses(valid).nats, plain_losses(context, valid.corpus).nats)
 
 
-def test_a_datastore_that_holds_the_text_itself_drives_its_loss_to_nearly_nothing(make_context, database_as_set):
+@pytest.mark.parametrize("kind", [KnnLm, Spalm, ContinuousCache])
+def test_with_no_weight_the_most_probable_tokens_are_the_models(make_context, valid, kind, monkeypatch):
+    context = make_context(tuning=valid)
+    asked = valid.corpus.tokenizer.is_text(valid.corpus.tokens(np.arange(valid.corpus.num_chunks)))
+    asked &= np.random.default_rng(0).random(asked.shape) < 0.1
+    closed = {"weight": 0.0, "sharpness": 1.0, "theta": 4.0, "kernel": np.zeros(MODEL.width), "bias": -1e3}
+    monkeypatch.setattr(kind, "fit", lambda self, evidence: closed)
+    losses = kind(context).losses(valid, asked)
+    expected = collect(valid.corpus, scored_spans(context.with_best, valid.corpus, **context.windows))
+    np.testing.assert_array_equal(losses.best, np.where(asked, expected.best, -1))
+    assert len(np.unique(losses.best)) > 2
+
+
+def test_a_datastore_that_holds_the_text_itself_tells_every_token(make_context, database_as_set, monkeypatch):
+    sure = {"weight": 1 - 1e-6, "sharpness": 1e3}
+    monkeypatch.setattr(KnnLm, "fixed", lambda self, evidence: sure)
+    corpus = database_as_set.corpus
+    tokens = corpus.tokens(np.arange(corpus.num_chunks))
+    asked = corpus.tokenizer.is_text(tokens) & (np.arange(corpus.num_chunks)[:, None] % 9 == 4)
+    losses = KnnLm(make_context()).losses(database_as_set, asked)
+    right = losses.best == tokens
+    assert right[asked].mean() > 0.95 and (losses.best[~asked] == -1).all()
+
+
+def test_a_datastore_that_holds_the_text_itself_drives_drives_its_loss_to_nearly_nothing(make_context, database_as_set):
     context = make_context()
     method = KnnLm(context)
     evidence = method.gather(database_as_set)
@@ -179,7 +204,7 @@ def test_a_gate_where_the_neighbours_know_nothing_stays_closed(make_context):
     states = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
     kernel, bias = train_gate(states, np.full(50, 2.0), np.full(50, -np.inf), 0.0)
     np.testing.assert_array_equal(mix(np.full(50, 2.0), np.full(50, -np.inf), gate(states, kernel, bias)), 2.0)
-    with pytest.raises(UserError, match="spalm trains its gate on a tuning set"):
+    with pytest.raises(UserError, match="spalm is trained on a tuning set"):
         Spalm(make_context())
 
 

@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retro_jax.evaluation.methods.mixture import best_mixture, best_weight, log_sum, mix, neighbour_log_probability
+from retro_jax.evaluation.methods.mixture import (
+    best_mixture,
+    best_weight,
+    log_sum,
+    mix,
+    most_probable,
+    neighbour_log_probability,
+)
 
 probability = st.floats(1e-12, 1.0)
 
@@ -84,6 +91,26 @@ def test_the_neighbours_make_a_distribution_that_sums_to_one(rows, sharpness):
             assert found[row] == pytest.approx(expected, rel=1e-9, abs=1e-300)
         total += found
     np.testing.assert_allclose(total, 1, rtol=1e-9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.integers(1, 4), st.integers(0, 5))
+def test_the_most_probable_token_of_a_mixture_is_that_of_all_probabilities(data, count, known):
+    vocab = 6
+    logit = st.integers(-30, 30).map(lambda value: value / 7)
+    own = np.array(data.draw(st.lists(st.lists(logit, min_size=vocab, max_size=vocab), min_size=count, max_size=count)))
+    tokens = np.array(data.draw(st.lists(st.integers(-1, vocab - 1), min_size=count * known, max_size=count * known)))
+    tokens = tokens.reshape(count, known).astype(int)
+    other = np.array(data.draw(st.lists(logit, min_size=count * known, max_size=count * known))).reshape(tokens.shape)
+    other = np.where(tokens >= 0, other, -np.inf)
+    weight = data.draw(st.floats(0, 1))
+    for row, best in enumerate(most_probable(own, tokens, other, weight)):
+        model = np.exp(own[row]) / np.exp(own[row]).sum()
+        masses = np.exp(other[row])
+        share = weight if masses.any() else 0.0
+        second = [masses[tokens[row] == token].sum() / max(masses.sum(), 1e-300) for token in range(vocab)]
+        mixed = (1 - share) * model + share * np.array(second)
+        assert mixed[best] == pytest.approx(max(mixed), rel=1e-12)
 
 
 def test_missing_neighbours_count_for_nothing_and_none_at_all_are_no_distribution():

@@ -122,3 +122,5 @@ def test_a_mixture_of_readings_is_the_weighted_sum_and_tuned_no_worse_than_the_m
 def test_a_set_without_neighbours_is_refused(make_context, database_as_set):
     with pytest.raises(UserError, match="find them first"):
         Prepend(make_context()).losses(database_as_set)
+    with pytest.raises(UserError, match="database: rag is tuned with its neighbours; find them first"):
+        Rag(make_context(tuning=database_as_set))

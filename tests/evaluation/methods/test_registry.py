@@ -1,6 +1,8 @@
 """Every method scores the same tokens, and says what it is made from; a RETRO reads BM25's neighbours."""
 
+import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from retro_jax.evaluation.losses import collect
 from retro_jax.evaluation.methods import METHODS, check_methods
 from retro_jax.evaluation.neighbourhood import Neighbourhood
 from retro_jax.evaluation.passes import scored_spans
+from retro_jax.retrieval.segments import Segments
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -18,11 +21,26 @@ def test_every_method_scores_the_same_tokens_and_describes_itself(make_context, 
     method = kind(
         make_context(retro if kind.for_retro else None, tuning=valid, work=tmp_path if kind.for_retro else None)
     )
-    losses = method.losses(valid)
     scored = valid.corpus.tokenizer.is_text(valid.corpus.tokens(np.arange(valid.corpus.num_chunks)))
+    asked = scored & (np.random.default_rng(0).random(scored.shape) < 0.1)
+    losses = method.losses(valid, asked)
     assert method.name == name
+    assert (losses.best is None) == (name == "rag") and (name == "rag" or (losses.best[asked] >= 0).all())
     np.testing.assert_array_equal(losses.nats != 0, scored)
     json.dumps([method.settings, method.inputs, losses.settings])
+
+
+def test_what_is_taken_out_of_the_database_is_a_change_to_the_methods_that_read_it(
+    make_context, retro, small_data, tmp_path
+):
+    database = tmp_path / "database"
+    shutil.copytree(small_data.database, database)
+    kinds = [(METHODS[name], make_context(retro if METHODS[name].for_retro else None)) for name in ("knn_lm", "bm25")]
+    before = [kind(dataclasses.replace(context, database=database)).inputs for kind, context in kinds]
+    Segments().save(database, additions=(), removed=np.array([[0, 1]]))
+    after = [kind(dataclasses.replace(context, database=database)).inputs for kind, context in kinds]
+    assert all("removed" not in inputs for inputs in before)
+    assert [{**inputs, "removed": after[0]["removed"]} for inputs in before] == after
 
 
 def test_another_name_is_refused_with_the_nearest():
