@@ -75,11 +75,13 @@ class Unit:
       shards: the files of the stage that it writes, all of them, in the order they are finished.
       arguments: of the work; JSON-serialisable.
       size: how much it adds to the progress bar.
+      folder: the one that it writes, at once (`ShardWriter.folder`): then `shards` are some of those in it.
     """
 
     shards: tuple[str, ...]
     arguments: dict[str, Any]
     size: int = 1
+    folder: str | None = None
 
 
 def distribute(stage: Stage, units: Sequence[Unit], work: Work, options: BeamOptions, *, label: str, unit: str) -> None:
@@ -93,7 +95,8 @@ def distribute(stage: Stage, units: Sequence[Unit], work: Work, options: BeamOpt
       units: whose shards are distinct.
       work: a function at the top level of a module that every worker can import. It writes each shard of the unit
         with `writer.shard(name)` and may tell `writer.advance(amount)` of parts of the unit's size while it works. It
-        may run twice for a unit, when a worker is lost.
+        may run twice for a unit, also at the same time, when a worker seems lost: files that differ between two runs
+        and belong together go into a folder (`writer.folder`).
       options: where.
       label: what is being done, for the progress bar.
       unit: what the sizes count, a plural noun.
@@ -105,6 +108,8 @@ def distribute(stage: Stage, units: Sequence[Unit], work: Work, options: BeamOpt
     """
     pending = [entry for entry in units if not all(map(stage.has, entry.shards))]
     for entry in pending:
+        if entry.folder is not None:
+            stage.drop_folder(entry.folder)
         for name in entry.shards:
             stage.drop(name)
     if not pending:

@@ -9,7 +9,7 @@ no step needs more than one shard.
 import dataclasses
 import json
 import os
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from retro_jax.data.arrays import ArrayWriter
 from retro_jax.data.distribute import BeamOptions, Unit, distribute
-from retro_jax.data.stage import Manifest, ShardWriter, Stage, shard_name
+from retro_jax.data.stage import TEMPORARY, Manifest, ShardWriter, Stage, shard_name
 from retro_jax.errors import UserError
 from retro_jax.retrieval.embedder import EmbeddingSet
 from retro_jax.retrieval.index import (
@@ -124,6 +124,7 @@ def build_index(
                 (f"{shard_folder(number, count)}/{SHARD}",),
                 {**common, "number": number, "range": None if cells else bounds[number : number + 2]},
                 len(embeddings) // count,
+                shard_folder(number, count),
             )
             for number in range(count)
         ]
@@ -136,38 +137,36 @@ def build_index(
 
 
 def build_shard(writer: ShardWriter, arguments: dict[str, Any]) -> None:
-    """Builds one shard of the index and writes its files; `shard.json` is the last.
+    """Builds one shard of the index and writes its folder at once: two builds of a tree differ, and must not be mixed.
 
     Args:
       writer: of the stage.
       arguments: "embeddings" directory, "number" of this shard and how many "shards", "settings" as asked for, "unit"
         whether the vectors have length 1, "min_recall", and "range" of chunk ids or None for the cells of the shard.
     """
-    folder = shard_folder(arguments["number"], arguments["shards"])
     embeddings = EmbeddingSet(arguments["embeddings"])
     ids, vectors = _vectors_of_shard(writer.directory, embeddings, arguments)
     probes = np.load(writer.directory / PROBES, mmap_mode="r", allow_pickle=False)
     answers = exact_answers(probes, vectors, ids)
     settings = IndexSettings("brute_force").resolve(1, embeddings.dimension, unit=arguments["unit"])
-    if len(ids):
-        asked = IndexSettings(**arguments["settings"])
-        searcher = ScannShard.build(vectors, asked.resolve(len(ids), embeddings.dimension, unit=arguments["unit"]))
-        measure(searcher, probes, vectors, ids, answers, asked, arguments["min_recall"])
-        settings = searcher.settings
-        scratch = writer.directory / f"{folder}-unfinished"
-        try:
+    with writer.folder(shard_folder(arguments["number"], arguments["shards"])) as folder:
+        if len(ids):
+            asked = IndexSettings(**arguments["settings"])
+            searcher = ScannShard.build(vectors, asked.resolve(len(ids), embeddings.dimension, unit=arguments["unit"]))
+            measure(searcher, probes, vectors, ids, answers, asked, arguments["min_recall"])
+            settings = searcher.settings
+            scratch = folder.directory / f"{TEMPORARY}{SCANN}"
             for file in searcher.save(scratch):
-                with writer.shard(f"{folder}/{SCANN}/{file.name}") as (path, _):
+                with folder.shard(f"{SCANN}/{file.name}") as (path, _):
                     os.replace(file, path)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-    for name, array in ((IDS, ids), (PROBES, answers)):
-        with writer.shard(f"{folder}/{name}") as (path, _), open(path, "wb") as file:
-            np.save(file, array, allow_pickle=False)
-    description = {"settings": dataclasses.asdict(settings), "counts": {"vectors": len(ids), "kind": settings.kind}}
-    with writer.shard(f"{folder}/{SHARD}") as (path, counts):
-        path.write_text(json.dumps(description, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        counts.update(description["counts"])
+            scratch.rmdir()
+        for name, array in ((IDS, ids), (PROBES, answers)):
+            with folder.shard(name) as (path, _):
+                save_array(path, array)
+        description = {"settings": dataclasses.asdict(settings), "counts": {"vectors": len(ids), "kind": settings.kind}}
+        with folder.shard(SHARD) as (path, counts):
+            path.write_text(json.dumps(description, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            counts.update(description["counts"])
 
 
 def assign_cells(writer: ShardWriter, arguments: dict[str, Any]) -> None:

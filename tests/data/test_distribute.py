@@ -50,7 +50,11 @@ def test_progress_counts_parts_of_units_and_what_was_there_before(tmp_path, caps
     capsys.readouterr()
     build_numbers(tmp_path / "out", 4, TWO)
     assert "numbers: 800/800 rows" in capsys.readouterr().err
-    assert 0 <= finished < 4
+
+
+def test_a_unit_that_is_done_twice_at_a_time_is_done(tmp_path, whole):
+    build_numbers(tmp_path / "out", 5, trouble={1: "twice", 3: "twice"})
+    assert tree(tmp_path / "out") == whole
 
 
 @pytest.mark.parametrize("options", [HERE, TWO], ids=["here", "two processes"])
