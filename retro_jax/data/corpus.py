@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from retro_jax.data.arrays import files_of, save_array
 from retro_jax.data.chunking import TOTALS, write_chunks
 from retro_jax.data.distribute import BeamOptions, Unit, WorkersError, distribute
 from retro_jax.data.sources import Source, repeated_rows, write_digests
@@ -323,8 +324,8 @@ def _repeated(stage: Stage, sources: list[Source], sizes: list[int], options: Be
     for i, rows in enumerate(repeated):
         name = shard_name("repeated", i, count, ".npy")
         if len(rows) and not stage.has(name):
-            with stage.shard(name) as (path, _), open(path, "wb") as file:
-                np.save(file, rows)
+            with stage.shard(name) as (path, _):
+                save_array(path, rows)
         files.append(str((stage.directory / name).absolute()) if len(rows) else None)
     return files
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from retro_jax.data.arrays import ArrayWriter
+from retro_jax.data.arrays import ArrayWriter, save_array
 from retro_jax.data.distribute import BeamOptions, Unit, WorkersError, distribute
 from retro_jax.data.shingles import BANDS, ROWS, band_keys, jaccard, shingles
 from retro_jax.data.sources import Source
@@ -284,8 +284,8 @@ def _write_table(stage: Stage, parts: list[tuple[str, ...]], mode: str, limit: i
         all_keys = np.concatenate(keys)
         order = np.argsort(all_keys, kind="stable")
         for name, column in zip(_TABLE, (all_keys, np.concatenate(owners)), strict=True):
-            with stage.shard(name) as (path, _), open(path, "wb") as file:
-                np.save(file, column[order])
+            with stage.shard(name) as (path, _):
+                save_array(path, column[order])
     return "exact" if exact else "minhash"
 
 

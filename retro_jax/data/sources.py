@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from retro_jax.data.stage import ShardWriter
+from retro_jax.data.arrays import save_array
+from retro_jax.data.stage import ShardWriter, load_manifest, verify_checksums
 from retro_jax.data.text import Document, ReadCounts, read_documents
 from retro_jax.errors import UserError
 
@@ -68,8 +69,8 @@ def write_digests(writer: ShardWriter, arguments: dict[str, Any]) -> None:
         packed += blake2b(document.id.encode(), digest_size=16).digest() + row.to_bytes(8, "little")
         writer.advance(read.position - shown)
         shown = read.position
-    with writer.shard(arguments["shard"]) as (path, _), open(path, "wb") as file:
-        np.save(file, np.sort(np.frombuffer(packed, DIGEST_DTYPE)))
+    with writer.shard(arguments["shard"]) as (path, _):
+        save_array(path, np.sort(np.frombuffer(packed, DIGEST_DTYPE)))
 
 
 def repeated_rows(

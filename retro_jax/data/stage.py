@@ -12,6 +12,7 @@ process with the lock finds what they finished on disk.
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -87,7 +88,7 @@ def shard_name(stem: str, index: int, count: int, suffix: str) -> str:
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success flushes it to disk and renames it to `path`.
 
-    On any exception the temporary file is removed and `path` is left as it was.
+    On any exception the temporary file is removed and `path` is left as it was; that of a full disk names `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,6 +99,10 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _sync_directory(path.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename in (None, str(temporary)):
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

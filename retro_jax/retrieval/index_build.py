@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from retro_jax.data.arrays import ArrayWriter
+from retro_jax.data.arrays import ArrayWriter, save_array
 from retro_jax.data.distribute import BeamOptions, Unit, distribute
 from retro_jax.data.stage import TEMPORARY, Manifest, ShardWriter, Stage, shard_name
 from retro_jax.errors import UserError
@@ -107,8 +107,8 @@ def build_index(
         options = options or BeamOptions()
         if not stage.has(PROBES):
             probes = draw_probes(embeddings, min(recall_queries, vectors), seed)
-            with stage.shard(PROBES) as (path, _), open(path, "wb") as file:
-                np.save(file, probes, allow_pickle=False)
+            with stage.shard(PROBES) as (path, _):
+                save_array(path, probes)
         if cells:
             _cluster(stage, embeddings, cells, count, seed, options)
         bounds = np.linspace(0, len(embeddings), count + 1).astype(np.int64).tolist()
@@ -199,8 +199,8 @@ def _cluster(stage: Stage, embeddings: EmbeddingSet, cells: int, shards: int, se
     """Learns the cells, assigns every chunk to one, and groups the cells into shards."""
     if not stage.has(CENTROIDS):
         sample = draw_probes(embeddings, _SAMPLE_PER_CELL * cells, seed + 1)["vector"]
-        with stage.shard(CENTROIDS) as (path, _), open(path, "wb") as file:
-            np.save(file, fit_cells(sample, cells, seed), allow_pickle=False)
+        with stage.shard(CENTROIDS) as (path, _):
+            save_array(path, fit_cells(sample, cells, seed))
     offsets = np.asarray(embeddings.shard_offsets).tolist()
     names = [_cells_name(i, len(offsets) - 1) for i in range(len(offsets) - 1)]
     units = [
@@ -215,8 +215,8 @@ def _cluster(stage: Stage, embeddings: EmbeddingSet, cells: int, shards: int, se
     if not stage.has(SHARD_OF_CELL):
         weights = np.sum([stage.counts(name)["cells"] for name in names], axis=0)
         centroids = np.load(stage.directory / CENTROIDS, allow_pickle=False)
-        with stage.shard(SHARD_OF_CELL) as (path, _), open(path, "wb") as file:
-            np.save(file, group_cells(centroids, weights, shards), allow_pickle=False)
+        with stage.shard(SHARD_OF_CELL) as (path, _):
+            save_array(path, group_cells(centroids, weights, shards))
 
 
 def _vectors_of_shard(

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from retro_jax.data.arrays import save_array
 from retro_jax.data.corpus import Corpus, DocumentRecord
 from retro_jax.data.stage import atomic_write, file_sha256, fingerprint, write_json
 from retro_jax.data.tokenizer import Tokenizer
@@ -90,8 +91,8 @@ class Segments:
         name = sha256 = None
         if len(removed):
             name = f"removed-{version:05d}.npy"
-            with atomic_write(directory / name) as path, open(path, "wb") as file:
-                np.save(file, removed, allow_pickle=False)
+            with atomic_write(directory / name) as path:
+                save_array(path, removed)
             sha256 = file_sha256(directory / name)
         value = {
             "format_version": _FORMAT,

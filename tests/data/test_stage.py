@@ -4,6 +4,7 @@ import json
 import pytest
 
 from retro_jax.data import stage as stage_module
+from retro_jax.data.arrays import save_array
 from retro_jax.data.stage import (
     ShardWriter,
     Stage,
