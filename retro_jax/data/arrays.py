@@ -1,4 +1,4 @@
-""".npy files written row block by row block, so that a file larger than memory is fine."""
+""".npy files written row block by row block, so that a file larger than memory is fine, and files that share rows."""
 
 from pathlib import Path
 from types import TracebackType

@@ -17,7 +17,7 @@ import numpy as np
 from retro_jax.data.arrays import files_of, save_array
 from retro_jax.data.chunking import TOTALS, write_chunks
 from retro_jax.data.distribute import BeamOptions, Unit, WorkersError, distribute
-from retro_jax.data.sources import Source, repeated_rows, write_digests
+from retro_jax.data.sources import Source, exclusion_files, repeated_rows, write_digests
 from retro_jax.data.stage import Manifest, Stage, file_sha256, load_manifest, shard_name, verify_checksums
 from retro_jax.data.text import common_root, relative_names
 from retro_jax.data.tokenizer import PAD_ID, Tokenizer
@@ -66,7 +66,7 @@ def build_corpus(
     }
     excluded: list[str | None] = [None] * len(inputs)
     if exclusions is not None:
-        fingerprints["exclusions"], excluded = _exclusions(Path(exclusions), inputs, checksums)
+        fingerprints["exclusions"], excluded = exclusion_files(exclusions, inputs, checksums)
     sources = [
         Source(str(path.absolute()), str(common_root(inputs)), skip_bad, shard)
         for path, shard in zip(inputs, excluded, strict=True)
@@ -159,7 +159,7 @@ class Corpus:
         self.directory = Path(directory)
         self.manifest = load_manifest(directory, "corpus")
         if verify:
-            verify_checksums(directory, self.manifest)
+            verify_checksums(directory, self.manifest.shards)
         self.fingerprint = self.manifest.fingerprint
         self.chunk_length: int = self.manifest.settings["chunk_length"]
         self.vocab_size: int = self.manifest.settings["vocab_size"]
@@ -171,11 +171,27 @@ class Corpus:
         self.num_bytes: int = counts["bytes"]
         self.num_tokens: int = counts["tokens"]
         names = [shard.name for shard in self.manifest.shards]
-        self._chunks = [self._map(name) for name in names if name.startswith("chunks-")]
-        self._documents = [self._map(name) for name in names if name.startswith("documents-") and name.endswith(".npy")]
-        self._records = [self.directory / name for name in names if name.endswith(".jsonl")]
+        chunks = [name for name in names if name.startswith("chunks-")]
+        documents = [name for name in names if name.startswith("documents-") and name.endswith(".npy")]
+        records = [name for name in names if name.endswith(".jsonl")]
+        self._names = (chunks, documents, records)
+        self._chunks, self._documents = [self._map(name) for name in chunks], [self._map(name) for name in documents]
+        self._records = [self.directory / name for name in records]
         self.shard_offsets = _offsets(self._chunks)
         self._document_offsets = _offsets(self._documents)
+
+    def verify(self, chunks: range | None = None) -> None:
+        """Compares the checksums of the files with these chunks, their documents and the tokenizer; None: of all.
+
+        Raises:
+          UserError: naming the first file that differs.
+        """
+        shards = self.manifest.shards
+        if chunks is not None:
+            chosen = files_of(self.shard_offsets, chunks)
+            names = {TOKENIZER_FILE, *(name for kind in self._names for name in kind[chosen])}
+            shards = [shard for shard in shards if shard.name in names]
+        verify_checksums(self.directory, shards)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -291,16 +307,6 @@ def _gather(
 
 def _offsets(arrays: list[np.ndarray]) -> np.ndarray:
     return np.concatenate([[0], np.cumsum([len(array) for array in arrays])]).astype(np.int64)
-
-
-def _exclusions(directory: Path, inputs: list[Path], checksums: list[str]) -> tuple[str, list[str]]:
-    """Fingerprint of the exclusions, and for each input the file that says what is left out of it."""
-    manifest = load_manifest(directory, "duplicates")
-    shards = {checksum: str((directory / name).absolute()) for name, checksum in manifest.settings["files"].items()}
-    for path, checksum in zip(inputs, checksums, strict=True):
-        if checksum not in shards:
-            raise UserError(f"{path}: {directory} was not made for this file; make it again for these inputs")
-    return manifest.fingerprint, [shards[checksum] for checksum in checksums]
 
 
 def _repeated(stage: Stage, sources: list[Source], sizes: list[int], options: BeamOptions) -> list[str | None]:

@@ -42,6 +42,9 @@ class NeighbourText(Protocol):
     def neighbour_tokens(self, ids: np.ndarray) -> np.ndarray:
         """int32 [..., R]: chunk and continuation, PAD where missing."""
 
+    def verify(self) -> None:
+        """Compares all checksums."""
+
 
 class NeighbourTable(Protocol):
     """What is needed of precomputed neighbours, keyed by chunk of the query corpus.
@@ -61,6 +64,9 @@ class NeighbourTable(Protocol):
 
     def distances(self, chunk_ids: np.ndarray) -> np.ndarray:
         """float32 [n, k]: squared distances, inf for none."""
+
+    def verify(self) -> None:
+        """Compares all checksums."""
 
 
 def write_sequences(
@@ -96,7 +102,7 @@ def write_sequences(
       options: where the shards are written; default in this process.
 
     Raises:
-      UserError: inputs that do not belong together, or settings that cannot be.
+      UserError: inputs that do not belong together or are damaged, or settings that cannot be.
     """
     _check_inputs(corpus, neighbours, database_corpus, k, packing, shard_records)
     M = corpus.chunk_length
@@ -116,6 +122,11 @@ def write_sequences(
     with Stage(directory, "sequences", settings=settings, inputs=inputs) as stage:
         if stage.complete:
             return stage.manifest
+        for opened in (corpus, neighbours, database_corpus):  # here, as every shard is of chunks from all over them
+            opened.verify()
+        if not stage.has(_REMOVED):
+            with stage.shard(_REMOVED) as (path, _):
+                save_array(path, removed)
         if not stage.has(_SPANS):
             with stage.shard(_SPANS) as (path, counts):
                 with ArrayWriter(path, np.dtype("<i8"), (2,)) as writer:

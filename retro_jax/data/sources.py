@@ -60,6 +60,27 @@ class Source:
         return next(document for found, document in self.documents(ReadCounts()) if found == row)
 
 
+def exclusion_files(directory: str | Path, inputs: Sequence[Path], checksums: Sequence[str]) -> tuple[str, list[str]]:
+    """Fingerprint of the output of `find_duplicates`, and for each input the file that says what is left out of it.
+
+    Args:
+      directory: output of `find_duplicates`.
+      inputs: files that it was made for, or some of them.
+      checksums: of each, the first 16 hex digits of its SHA-256.
+
+    Raises:
+      UserError: it was not made for one of the files, or is damaged.
+    """
+    directory = Path(directory)
+    manifest = load_manifest(directory, "duplicates")
+    names = {checksum: name for name, checksum in manifest.settings["files"].items()}
+    for path, checksum in zip(inputs, checksums, strict=True):
+        if checksum not in names:
+            raise UserError(f"{path}: {directory} was not made for this file; make it again for these inputs")
+    verify_checksums(directory, manifest.shards)
+    return manifest.fingerprint, [str((directory / names[checksum]).absolute()) for checksum in checksums]
+
+
 def write_digests(writer: ShardWriter, arguments: dict[str, Any]) -> None:
     """Unit of work: the digests of the ids of one file's documents, sorted, into the shard `arguments["shard"]`."""
     read = ReadCounts()

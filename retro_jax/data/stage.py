@@ -161,13 +161,13 @@ def require_shards(directory: str | os.PathLike, shards: Iterable[Shard]) -> Non
             raise UserError(f"{file}: {file.stat().st_size} bytes, the manifest says {shard.size}; rebuild {directory}")
 
 
-def verify_checksums(directory: str | os.PathLike, manifest: Manifest) -> None:
-    """Reads every shard and compares its SHA-256 with the manifest.
+def verify_checksums(directory: str | os.PathLike, shards: Iterable[Shard]) -> None:
+    """Reads shards of a finished stage and compares their SHA-256 with the manifest's.
 
     Raises:
       UserError: naming the first shard that differs.
     """
-    for shard in manifest.shards:
+    for shard in shards:
         if file_sha256(Path(directory) / shard.name) != shard.sha256:
             raise UserError(f"{Path(directory) / shard.name}: checksum differs from the manifest; rebuild {directory}")
 

@@ -76,6 +76,7 @@ def copy_corpus_shard(writer: ShardWriter, arguments: dict[str, Any]) -> None:
     """
     source = Corpus(arguments["corpus"])
     place = arguments["shard"], len(source.shard_offsets) - 1
+    source.verify(range(*source.shard_offsets[arguments["shard"] : arguments["shard"] + 2].tolist()))
     records = source.directory / shard_name("documents", *place, ".jsonl")
     rows = np.load(source.directory / shard_name("documents", *place, ".npy"), mmap_mode="r", allow_pickle=False)
     keep = ~in_ranges(rows["first_chunk"], np.asarray(arguments["removed"], np.int64).reshape(-1, 2))
@@ -118,6 +119,7 @@ def copy_embeddings_shard(writer: ShardWriter, arguments: dict[str, Any]) -> Non
       arguments: "embeddings" directory, "first" and "stop" of its chunk ids, "removed" ranges of them, "name".
     """
     source = EmbeddingSet(arguments["embeddings"])
+    source.verify(range(arguments["first"], arguments["stop"]))
     removed = np.asarray(arguments["removed"], np.int64).reshape(-1, 2)
     chunks = empty = 0
     with (

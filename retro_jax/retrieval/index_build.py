@@ -71,8 +71,9 @@ def build_index(
       options: where the shards are built.
 
     Raises:
-      UserError: too little recall (finished shards stay); a vector that is not finite, no vector at all, settings that
-        do not fit, ScaNN not installed, or the directory belongs to something else.
+      UserError: too little recall (finished shards stay); a vector that is not finite, no vector at all, a damaged
+        shard of the embeddings, settings that do not fit, ScaNN not installed, or the directory belongs to something
+        else.
     """
     settings = settings or IndexSettings()
     vectors = embeddings.manifest.counts["chunks"] - embeddings.manifest.counts["empty"]
@@ -145,6 +146,8 @@ def build_shard(writer: ShardWriter, arguments: dict[str, Any]) -> None:
         whether the vectors have length 1, "min_recall", and "range" of chunk ids or None for the cells of the shard.
     """
     embeddings = EmbeddingSet(arguments["embeddings"])
+    if arguments["range"]:  # else those who assigned the cells have looked
+        embeddings.verify(range(*arguments["range"]))
     ids, vectors = _vectors_of_shard(writer.directory, embeddings, arguments)
     probes = np.load(writer.directory / PROBES, mmap_mode="r", allow_pickle=False)
     answers = exact_answers(probes, vectors, ids)
@@ -177,6 +180,7 @@ def assign_cells(writer: ShardWriter, arguments: dict[str, Any]) -> None:
       arguments: "embeddings" directory, "first" and "stop" of the chunk ids, "name" of the file.
     """
     embeddings = EmbeddingSet(arguments["embeddings"])
+    embeddings.verify(range(arguments["first"], arguments["stop"]))
     centroids = np.load(writer.directory / CENTROIDS, allow_pickle=False)
     sizes = np.zeros(len(centroids), np.int64)
     with (

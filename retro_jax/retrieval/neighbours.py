@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from retro_jax.data.arrays import ArrayWriter
+from retro_jax.data.arrays import ArrayWriter, files_of
 from retro_jax.data.distribute import BeamOptions, Unit, distribute
 from retro_jax.data.stage import Manifest, ShardWriter, Stage, load_manifest, shard_name, verify_checksums
 from retro_jax.errors import UserError
@@ -173,13 +173,18 @@ def search_shard(writer: ShardWriter, arguments: dict[str, Any]) -> None:
         "fingerprint" that must answer.
 
     Raises:
-      UserError: the database has changed since the stage began.
+      UserError: the database has changed since the stage began; a shard of the queries is damaged.
     """
     from retro_jax.data.corpus import Corpus
     from retro_jax.retrieval.embedder import EmbeddingSet
 
-    corpus = Corpus(arguments["corpus"])
-    queries_of = corpus.tokens if arguments["bm25"] else EmbeddingSet(arguments["embeddings"]).vectors
+    corpus, part = Corpus(arguments["corpus"]), range(arguments["first"], arguments["stop"])
+    corpus.verify(part)
+    queries_of = corpus.tokens
+    if not arguments["bm25"]:
+        embeddings = EmbeddingSet(arguments["embeddings"])
+        embeddings.verify(part)
+        queries_of = embeddings.vectors
     searcher = _searcher(json.dumps({name: arguments[name] for name in ("database", "service", "bm25")}))
     if searcher.fingerprint != arguments["fingerprint"]:
         raise UserError(
@@ -307,7 +312,7 @@ class NeighbourTable:
         self.directory = Path(directory)
         self.manifest = load_manifest(directory, "neighbours")
         if verify:
-            verify_checksums(directory, self.manifest)
+            verify_checksums(directory, self.manifest.shards)
         self.k: int = self.manifest.settings["k"]
         self.filter: str = self.manifest.settings["filter"]
         self.corpus_fingerprint: str = self.manifest.inputs["corpus"]
@@ -322,6 +327,15 @@ class NeighbourTable:
 
     def __len__(self) -> int:
         return int(self._offsets[-1])
+
+    def verify(self, chunks: range | None = None) -> None:
+        """Compares the checksums of the shards with the neighbours of these chunks; None: of all.
+
+        Raises:
+          UserError: naming the first shard that differs.
+        """
+        chosen = slice(None) if chunks is None else files_of(self._offsets, chunks)
+        verify_checksums(self.directory, self.manifest.shards[chosen])
 
     def ids(self, chunks: np.ndarray) -> np.ndarray:
         """Database chunk ids int64 [..., K] of chunks [...], nearest first, -1 for none; chunk -1 has none."""

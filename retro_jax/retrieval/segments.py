@@ -158,8 +158,12 @@ class DatabaseCorpus:
       fingerprint: of the base's corpus when there are no additions.
     """
 
-    def __init__(self, directory: str | os.PathLike) -> None:
+    def __init__(self, directory: str | os.PathLike, *, verify: bool = False) -> None:
         """Opens the corpora.
+
+        Args:
+          directory: of the database.
+          verify: read everything once and compare with the manifests' checksums.
 
         Raises:
           UserError: one is missing or damaged, or does not belong to the others.
@@ -167,7 +171,7 @@ class DatabaseCorpus:
         self.directory = Path(directory)
         self.segments = Segments.load(directory)
         folders = [self.directory, *(self.directory / ADDITIONS / name for name in self.segments.additions)]
-        self.parts = [Corpus(folder / "corpus") for folder in folders]
+        self.parts = [Corpus(folder / "corpus", verify=verify) for folder in folders]
         base = self.parts[0]
         for part in self.parts[1:]:
             for name in ("tokenizer_fingerprint", "chunk_length"):
@@ -187,6 +191,15 @@ class DatabaseCorpus:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer all parts were made with."""
         return self.parts[0].tokenizer
+
+    def verify(self) -> None:
+        """Compares the checksums of all corpora.
+
+        Raises:
+          UserError: naming the first file that differs.
+        """
+        for part in self.parts:
+            part.verify()
 
     def removed(self, ids: np.ndarray | int) -> np.ndarray:
         """bool [...]: whether chunks are of a removed document."""

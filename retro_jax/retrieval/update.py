@@ -14,7 +14,8 @@ import numpy as np
 
 from retro_jax.data.corpus import Corpus, build_corpus
 from retro_jax.data.distribute import BeamOptions
-from retro_jax.data.stage import fingerprint
+from retro_jax.data.ranges import in_ranges
+from retro_jax.data.stage import fingerprint, verify_checksums
 from retro_jax.errors import UserError
 from retro_jax.lock import DirectoryLock
 from retro_jax.retrieval.database import require_embedder
@@ -127,8 +128,13 @@ def remove_documents(
 
 
 def default_settings(directory: str | os.PathLike) -> IndexSettings:
-    """How the index of a database's base was asked for, for those of its additions."""
-    return IndexSettings(**Index.load(Path(directory) / "index", shards=(), verify=False).manifest.settings["index"])
+    """How the index of a database's base was asked for, without what was meant for the number of its vectors.
+
+    An addition has fewer, and so may a compacted database have: too few for a tree of so many leaves, or for any tree.
+    """
+    asked = IndexSettings(**Index.load(Path(directory) / "index", shards=(), verify=False).manifest.settings["index"])
+    kind = "auto" if asked.kind == "tree" else asked.kind
+    return dataclasses.replace(asked, kind=kind, num_leaves=None, leaves_to_search=None)
 
 
 def _documents(corpus: DatabaseCorpus) -> Iterator[tuple[str, str, int, int]]:
@@ -145,6 +151,7 @@ def _document_lines(corpus: Corpus) -> Iterator[bytes]:
     """The line of JSON that a corpus keeps of every document, in order."""
     for shard in corpus.manifest.shards:
         if shard.name.endswith(".jsonl"):
+            verify_checksums(corpus.directory, [shard])
             with open(corpus.directory / shard.name, "rb") as file:
                 yield from file
 

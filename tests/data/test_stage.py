@@ -1,6 +1,7 @@
 import errno
 import json
 
+import numpy as np
 import pytest
 
 from retro_jax.data import stage as stage_module
@@ -59,7 +60,7 @@ def test_finished_stage_holds_shards_and_manifest_and_nothing_else(tmp_path):
     assert manifest.counts == {"rows": 6}
     assert [shard.name for shard in manifest.shards] == NAMES
     assert load_manifest(tmp_path / "out", "parts") == manifest
-    verify_checksums(tmp_path / "out", manifest)
+    verify_checksums(tmp_path / "out", manifest.shards)
 
 
 def test_interrupted_stage_goes_on_behind_its_last_finished_shard(tmp_path):
@@ -157,7 +158,7 @@ def test_flipped_byte_is_found_by_the_checksum_and_named(tmp_path):
     shard.write_bytes(content)
     load_manifest(tmp_path / "out", "parts")
     with pytest.raises(UserError, match=rf"{NAMES[2]}: checksum differs"):
-        verify_checksums(tmp_path / "out", manifest)
+        verify_checksums(tmp_path / "out", manifest.shards)
 
 
 def test_damaged_or_newer_manifest_is_refused(tmp_path):
