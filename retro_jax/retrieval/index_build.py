@@ -85,6 +85,8 @@ def build_index(
     count = num_shards or shards_for(vectors, embeddings.dimension)
     if cells and cells < count:
         raise UserError(f"{cells} cells cannot make {count} shards; give at least as many")
+    if cells_to_visit is not None and not 1 <= cells_to_visit <= cells:
+        raise UserError(f"cells_to_visit must be between 1 and the number of cells, {cells}; is {cells_to_visit}")
     if count > vectors:
         raise UserError(f"{count} shards are too many for {vectors} vectors")
     settings.resolve(vectors // count, embeddings.dimension, unit=unit)  # refuses what no shard could be built with
@@ -230,11 +232,13 @@ def _vectors_of_shard(
     if arguments["range"]:
         chosen = np.arange(*arguments["range"])
     else:
-        shards = len(embeddings.shard_offsets) - 1
-        files = [directory / _cells_name(i, shards) for i in range(shards)]
-        cells = np.concatenate([np.load(file, mmap_mode="r", allow_pickle=False) for file in files])
-        of_cell = np.load(directory / SHARD_OF_CELL, allow_pickle=False)
-        chosen = np.flatnonzero((cells >= 0) & (of_cell[cells] == arguments["number"]))
+        mine = np.load(directory / SHARD_OF_CELL, allow_pickle=False) == arguments["number"]
+        offsets = np.asarray(embeddings.shard_offsets).tolist()
+        parts = []
+        for i, first in enumerate(offsets[:-1]):  # the cells of the whole database would not fit
+            cells = np.load(directory / _cells_name(i, len(offsets) - 1), allow_pickle=False)
+            parts.append(first + np.flatnonzero((cells >= 0) & mine[cells]))
+        chosen = np.concatenate(parts)
     ids = np.empty(len(chosen), np.int64)
     vectors = np.empty((len(chosen), embeddings.dimension), np.float32)
     filled = 0

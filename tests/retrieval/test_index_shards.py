@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import tracemalloc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retro_jax.data.distribute import BeamOptions
+from retro_jax.data.stage import shard_name
 from retro_jax.errors import UserError
 from retro_jax.retrieval import index_build
 from retro_jax.retrieval.exact import exact_search
@@ -289,6 +292,9 @@ def test_what_cannot_be_sharded_is_refused(embeddings, tmp_path):
         build_index(embeddings, tmp_path / "i", num_shards=4, cells=3)
     with pytest.raises(UserError, match="898 shards are too many for 897 vectors"):
         build_index(embeddings, tmp_path / "i", num_shards=898)
+    for cells, visited in ((24, 100), (24, 0), (0, 3)):
+        with pytest.raises(UserError, match=f"between 1 and the number of cells, {cells}; is {visited}"):
+            build_index(embeddings, tmp_path / "i", num_shards=4, cells=cells, cells_to_visit=visited)
     with pytest.raises(UserError, match="min_recall must be between 0 and 1"):
         build_index(embeddings, tmp_path / "i", min_recall=95)
     assert not (tmp_path / "i").exists()
