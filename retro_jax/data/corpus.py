@@ -34,6 +34,7 @@ def build_corpus(
     chunk_length: int = 64,
     skip_bad: bool = False,
     exclusions: str | Path | None = None,
+    short: bool = False,
     options: BeamOptions | None = None,
 ) -> Manifest:
     """Tokenises documents and writes them as chunks; continues where an earlier run stopped.
@@ -47,11 +48,12 @@ def build_corpus(
       chunk_length: M.
       skip_bad: count and leave out unreadable lines and documents whose id came before, instead of stopping.
       exclusions: output of `retro_jax.data.duplicates.find_duplicates` for these inputs: documents to leave out.
+      short: it is no mistake when every document is shorter than a chunk (whose end is padding then, as always).
       options: where the files are worked off; default in this process.
 
     Raises:
-      UserError: bad input (with file and line), an id used twice, no document, or no chunk with M tokens; exclusions
-        that were found in other files.
+      UserError: bad input (with file and line), an id used twice, no document, or no chunk with M tokens unless
+        `short`; exclusions that were found in other files.
     """
     inputs = [Path(path) for path in inputs]
     if not inputs:
@@ -98,7 +100,7 @@ def build_corpus(
             distribute(stage, units, write_chunks, options, label="corpus", unit="bytes")
         stage.keep([name for names in shards for name in names])
         counts = {key: sum(stage.counts(names[-1])[key] for names in shards) for key in TOTALS}
-        if counts["complete_chunks"] == 0:
+        if counts["complete_chunks"] == 0 and not (short and counts["documents"]):
             stage.discard()
             if counts["documents"] == 0:
                 raise UserError(f"{_described(inputs)}: no document with text in it, so there is no corpus to build")

@@ -54,6 +54,7 @@ def build_index(
     recall_queries: int = RECALL_QUERIES,
     seed: int = 0,
     options: BeamOptions | None = None,
+    last_check: Callable[[], None] = lambda: None,
 ) -> Manifest:
     """Builds the index of a database; goes on after the last finished shard.
 
@@ -69,6 +70,7 @@ def build_index(
       recall_queries: size of the sample that recall is measured on.
       seed: of the samples.
       options: where the shards are built.
+      last_check: is called before the manifest is written; what it raises keeps the index unfinished.
 
     Raises:
       UserError: too little recall (finished shards stay); a vector that is not finite, no vector at all, a damaged
@@ -136,6 +138,7 @@ def build_index(
         counts |= _recall(stage.directory, counts["shard_vectors"], cells, cells_to_visit, min_recall)
         if counts["recall_at_2"] < min_recall:
             raise UserError(_advice(stage.directory, counts, settings, min_recall))
+        last_check()
         return stage.finish(counts | {"min_recall": min_recall})
 
 

@@ -4,8 +4,10 @@ A change takes effect when `segments.json` is replaced, at the end; until then, 
 the database as it was. One change at a time: the directory is locked meanwhile.
 """
 
+import dataclasses
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +25,7 @@ from retro_jax.retrieval.embedder import EmbeddingSet, embed_corpus
 from retro_jax.retrieval.index import Index
 from retro_jax.retrieval.index_build import MIN_RECALL, build_index
 from retro_jax.retrieval.index_settings import IndexSettings
-from retro_jax.retrieval.segments import ADDITIONS, DatabaseCorpus, Segments, in_ranges
+from retro_jax.retrieval.segments import ADDITIONS, DatabaseCorpus, Segments
 
 if TYPE_CHECKING:
     from retro_jax.retrieval.embedder import Embedder
@@ -45,7 +47,7 @@ def add_documents(
 
     Args:
       directory: of the database.
-      inputs: files as `build_corpus` takes them.
+      inputs: files as `build_corpus` takes them; the documents may be shorter than a chunk.
       embedder: the one the database was made with.
       settings, min_recall: of the index of the new chunks.
       skip_bad: count and leave out what cannot be read.
@@ -55,7 +57,8 @@ def add_documents(
       The database's chunks with the new ones.
 
     Raises:
-      UserError: an id that the database already has, another embedder, or see `build_corpus`.
+      UserError: an id that the database already has (nothing is left of the addition then), another embedder, or see
+        `build_corpus`.
     """
     directory = Path(directory)
     before = DatabaseCorpus(directory)
@@ -73,6 +76,7 @@ def add_documents(
             folder / "corpus",
             chunk_length=base.chunk_length,
             skip_bad=skip_bad,
+            short=True,
             options=options,
         )
         added = Corpus(folder / "corpus")
@@ -157,13 +161,15 @@ def _document_lines(corpus: Corpus) -> Iterator[bytes]:
 
 
 def _refuse_known_ids(known: DatabaseCorpus, added: Corpus, folder: Path) -> None:
-    """Refuses an addition with a document that is already there and not removed."""
+    """Refuses an addition with a document that is already there and not removed, and takes the addition back."""
     new = {json.loads(line)["id"] for line in _document_lines(added)}
     for name, _, first, _ in _documents(known):
         if name in new and not known.removed(first):
+            shutil.rmtree(folder)
             raise UserError(
-                f"the database already has a document {name!r}; remove it first, or leave it out of the input and "
-                f"delete {folder}"
+                f"the database already has a document {name!r}; remove it first where this one replaces it, and leave "
+                "it out where it is the same; another one needs another id (without an id, a document is known by its "
+                "file and line: name the file otherwise)"
             )
 
 
