@@ -22,6 +22,7 @@ import numpy as np
 
 from retro_jax.data.arrays import save_array
 from retro_jax.data.corpus import Corpus, DocumentRecord
+from retro_jax.data.ranges import in_ranges, merge_ranges
 from retro_jax.data.stage import atomic_write, file_sha256, fingerprint, write_json
 from retro_jax.data.tokenizer import Tokenizer
 from retro_jax.errors import UserError
@@ -122,26 +123,6 @@ def signature(directory: str | os.PathLike) -> tuple[Any, ...]:
     return tuple(marks)
 
 
-def merge_ranges(ranges: np.ndarray) -> np.ndarray:
-    """Ranges [r, 2] (first, stop) of the same numbers, in order, none empty, none touching the next."""
-    ranges = np.asarray(ranges, np.int64).reshape(-1, 2)
-    ranges = ranges[ranges[:, 0] < ranges[:, 1]]
-    ranges = ranges[np.argsort(ranges[:, 0], kind="stable")]
-    if not len(ranges):
-        return ranges
-    reach = np.maximum.accumulate(ranges[:, 1])
-    starts = np.flatnonzero(np.concatenate([[True], ranges[1:, 0] > reach[:-1]]))
-    return np.stack([ranges[starts, 0], reach[np.append(starts[1:] - 1, len(ranges) - 1)]], axis=1)
-
-
-def in_ranges(numbers: np.ndarray, ranges: np.ndarray) -> np.ndarray:
-    """Whether numbers [...] lie in ranges [r, 2] as `merge_ranges` gives them, bool [...]."""
-    at = np.searchsorted(ranges[:, 0], numbers, side="right") - 1
-    if not len(ranges):
-        return np.zeros(np.shape(numbers), bool)
-    return (at >= 0) & (numbers < ranges[np.maximum(at, 0), 1])
-
-
 class DatabaseCorpus:
     """The chunks of a database: those of its base and its additions, by one range of ids. Needs no search library.
 
@@ -204,6 +185,13 @@ class DatabaseCorpus:
     def removed(self, ids: np.ndarray | int) -> np.ndarray:
         """bool [...]: whether chunks are of a removed document."""
         return in_ranges(np.asarray(ids, np.int64), self.segments.removed)
+
+    def removed_documents(self, corpus: Corpus) -> int:
+        """How many documents of a corpus that is a part of the database were removed; 0 for any other."""
+        for part, offset in zip(self.parts, self.offsets[:-1].tolist(), strict=True):
+            if part.fingerprint == corpus.fingerprint:
+                return sum(int(self.removed(firsts + offset).sum()) for firsts, _ in part.document_ranges())
+        return 0
 
     def tokens(self, ids: np.ndarray | int) -> np.ndarray:
         """int32 [..., M]: as `Corpus.tokens`."""

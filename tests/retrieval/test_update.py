@@ -316,3 +316,36 @@ def test_sequences_hold_neighbours_from_additions(database, make_corpus, tiny_em
     write_sequences(queries, table, corpus, tmp_path / "sequences", length=32, k=2)
     first = SequenceSource(tmp_path / "sequences")[0]
     np.testing.assert_array_equal(first["neighbours"][0, 0], corpus.neighbour_tokens(nearest[0]))
+
+
+def test_sequences_hold_no_neighbours_that_were_removed_since_they_were_found(database, tmp_path):
+    corpus = Corpus(database / "corpus")
+    find_neighbours(corpus, database, tmp_path / "neighbours", k=6)
+    table = NeighbourTable(tmp_path / "neighbours")
+
+    def written(name):
+        state = DatabaseCorpus(database)
+        directory = tmp_path / name
+        manifest = write_sequences(corpus, table, state, directory, length=32, k=2, removed=state.segments.removed)
+        source = SequenceSource(directory)
+        rows = [source[i] for i in range(len(source))]
+        return manifest, {name: np.concatenate([row[name] for row in rows]) for name in ("chunks", "neighbour_ids")}
+
+    before, whole = written("before")
+    assert DatabaseCorpus(database).removed_documents(corpus) == 0
+    remove_documents(database, ids=["d2", "d4"])
+    state = DatabaseCorpus(database)
+    assert state.removed(whole["neighbour_ids"]).any()
+    after, left = written("after")
+    assert not state.removed(left["neighbour_ids"][left["neighbour_ids"] >= 0]).any()
+    # What is nearest of the rest comes in their place, and the text is that of the corpus.
+    keys = corpus.document_keys(whole["chunks"])
+    np.testing.assert_array_equal(left["chunks"], whole["chunks"])
+    for chunk, key, found in zip(left["chunks"], keys, left["neighbour_ids"], strict=True):
+        offered = [] if chunk < 0 else table.ids(np.array([chunk]))[0]
+        kept = [i for i in offered if i >= 0 and corpus.document_keys(i) != key and not state.removed(i)]
+        assert found.tolist() == [*kept, -1, -1][:2]
+    assert state.removed_documents(corpus) == 2
+    assert after.inputs.keys() - before.inputs.keys() == {"removed"}
+    with pytest.raises(UserError, match=r"inputs\.removed = absent"):
+        written("before")
