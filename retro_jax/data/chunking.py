@@ -96,7 +96,7 @@ def write_chunks(writer: ShardWriter, arguments: dict[str, Any]) -> None:
             bad_lines=read.bad_lines,
             empty_documents=read.empty_documents,
             duplicate_documents=len(repeated),
-            excluded_documents=read.documents - totals["documents"] - len(repeated),
+            excluded_documents=read.excluded_documents,
         )
 
 
@@ -109,7 +109,7 @@ def _cut_into_chunks(text: str, tokenizer: Tokenizer, dtype: np.dtype, document:
     padded[: len(ids)] = ids
     rows["tokens"] = padded.reshape(-1, chunk_length)
     rows["length"] = chunk_length
-    rows["length"][-1] = len(ids) - (len(rows) - 1) * chunk_length
+    rows["length"][-1] = last + 1 - (len(rows) - 1) * chunk_length
     rows["bytes"] = tokenizer.token_bytes[padded].reshape(-1, chunk_length).sum(axis=1)
     rows["document"] = document
     if rows["bytes"].sum(dtype=np.int64) != len(text.encode()):

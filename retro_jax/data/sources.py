@@ -52,7 +52,9 @@ class Source:
         excluded = self.excluded_rows()
         found = read_documents([self.path], skip_bad=self.skip_bad, counts=counts, root=Path(self.root))
         for row, document in enumerate(found):
-            if row not in excluded:
+            if row in excluded:
+                counts.excluded_documents += 1
+            else:
                 yield row, document
 
     def document(self, row: int) -> Document:
