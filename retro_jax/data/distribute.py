@@ -30,6 +30,7 @@ from retro_jax.errors import UserError
 from retro_jax.progress import Progress
 
 LOCAL = "local"
+_DOWNLOADING = ("direct", "switchingdirect", "bundlebaseddirect", "prism")
 _RUN_BYTES = 2**15
 _LONGEST_TEXT = 2000  # characters; of at most 12 bytes in JSON
 _LONGEST_REASON = 300
@@ -63,7 +64,8 @@ class BeamOptions:
             raise UserError(f"workers must be at least 1, is {self.workers}")
         if self.workers > 1 and self.runner != LOCAL:
             raise UserError(f"workers is of the local runner; {self.runner} takes the number among Beam's own options")
-        if self.runner in ("DirectRunner", "BundleBasedDirectRunner", "PrismRunner"):
+        # Beam takes its names in any case, without "Runner", and as module.Class.
+        if self.runner.lower().rpartition(".")[2].removesuffix("runner") in _DOWNLOADING:
             raise UserError(f"{self.runner} is not supported (it may download a program); use --runner={LOCAL}")
 
 
