@@ -70,5 +70,6 @@ def test_a_stage_stops_at_a_full_disk_and_goes_on(tmp_path, small_data, size, to
     first, second = stderr.split("status: ")[0], stderr.split("status: ")[1:]
     errors = [line for line in first.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "no space left on the device" in errors[0] and "Traceback" not in first, first
+    assert errors[0].startswith(f"error: {output}/{shard}"), errors[0]
     assert [part.splitlines()[0] for part in second] == ["1", "0"]
-    assert (tmp_path / "result" / "corpus" / "manifest.json").is_file()
+    assert (tmp_path / "result" / "output" / "manifest.json").is_file()
