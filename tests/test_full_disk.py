@@ -55,15 +55,21 @@ def test_training_stops_at_a_full_disk_and_goes_on_bit_for_bit(small_data, finis
     assert {line["step"]: line["loss"] for line in read_metrics(tmp_path / "result" / "run")} == expected
 
 
-def test_a_stage_stops_at_a_full_disk_and_goes_on(tmp_path, small_data):
-    tokenizer = small_data.corpus / "tokenizer.model"
-    command = (
-        f"{sys.executable} tools/build_corpus.py --input={SAMPLE} --tokenizer={tokenizer} "
-        f"--output={tmp_path / 'disk' / 'corpus'}"
-    )
-    stderr = on_a_small_disk(tmp_path, "300k", command)
+@pytest.mark.parametrize(
+    ("size", "tool", "flags", "shard"),
+    [
+        ("300k", "build_corpus", "--tokenizer={tokenizer}", ""),
+        ("600k", "find_duplicates", f"--evaluation={SAMPLE}", "table-"),
+    ],
+)
+def test_a_stage_stops_at_a_full_disk_and_goes_on(tmp_path, small_data, size, tool, flags, shard):
+    flags = flags.format(tokenizer=small_data.corpus / "tokenizer.model")
+    output = tmp_path / "disk" / "output"
+    command = f"{sys.executable} tools/{tool}.py --input={SAMPLE} {flags} --output={output}"
+    stderr = on_a_small_disk(tmp_path, size, command)
     first, second = stderr.split("status: ")[0], stderr.split("status: ")[1:]
     errors = [line for line in first.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "no space left on the device" in errors[0] and "Traceback" not in first, first
+    assert errors[0].startswith(f"error: {output}/{shard}"), errors[0]
     assert [part.splitlines()[0] for part in second] == ["1", "0"]
-    assert (tmp_path / "result" / "corpus" / "manifest.json").is_file()
+    assert (tmp_path / "result" / "output" / "manifest.json").is_file()

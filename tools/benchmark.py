@@ -223,6 +223,7 @@ def benchmark_embedding() -> None:
 
 
 def benchmark_retrieval() -> None:
+    _make_plots_folder()
     lines = _search(_numbers(_VECTORS) if _VECTORS.value else [100_000], retrieval.PEERS, synthetic=False)
     if _PLOTS.value:
         retrieval_plot.plot_recall(lines, Path(_PLOTS.value) / "recall.png")
@@ -230,9 +231,16 @@ def benchmark_retrieval() -> None:
 
 def benchmark_growth() -> None:
     sizes = _numbers(_VECTORS) if _VECTORS.value else list(retrieval.GROWTH)
+    _make_plots_folder()
     lines = _search(sizes, ("faiss_fast_scan",), synthetic=True)
     if _PLOTS.value:
         retrieval_plot.plot_growth(lines, Path(_PLOTS.value) / "growth.png")
+
+
+def _make_plots_folder() -> None:
+    """Before anything is measured: what is wrong with it must not cost an hour."""
+    if _PLOTS.value:
+        Path(_PLOTS.value).mkdir(parents=True, exist_ok=True)
 
 
 def _search(sizes: list[int], peers: Sequence[str], *, synthetic: bool) -> list[dict[str, Any]]:

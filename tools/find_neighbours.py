@@ -27,7 +27,9 @@ _DATABASE = flags.DEFINE_string("database", None, "directory with corpus/, embed
 _OUTPUT = flags.DEFINE_string("output", None, "neighbours directory to write", required=True)
 _K = flags.DEFINE_integer("k", 16, "neighbours kept of each chunk; keep more than training uses")
 _FILTER = flags.DEFINE_enum("filter", "document", FILTERS, "hits to drop")
-_DEDUPLICATE = flags.DEFINE_bool("deduplicate", False, "drop neighbours whose text is that of a nearer one")
+_DEDUPLICATE = flags.DEFINE_bool(
+    "deduplicate", False, "drop neighbours whose text is that of a nearer one, among the 1,000 nearest"
+)
 _RETRIEVER = flags.DEFINE_enum("retriever", "dense", ("dense", "bm25"), "by vectors of an embedder, or by tokens")
 _K1 = flags.DEFINE_float("k1", Bm25Settings.k1, "BM25: how soon repetition of a token stops to count")
 _B = flags.DEFINE_float("b", Bm25Settings.b, "BM25: how much a chunk's length is discounted")

@@ -2,12 +2,18 @@
 
     python tools/train_tokenizer.py --input='corpus/*.jsonl.gz' --output=tokenizer.model --vocab_size=32000
 
-Reads .jsonl, .jsonl.gz, .jsonl.zst and .txt files. A sample of the lines is trained on when there are many.
+Reads .jsonl, .jsonl.gz, .jsonl.zst and .txt files. A sample of the lines is trained on when there are many. Documents
+that build_corpus.py is to leave out (--exclusions) are left out here too.
 """
+
+from collections.abc import Iterator
+from pathlib import Path
 
 from absl import flags
 
-from retro_jax.data.text import ReadCounts, expand_inputs, read_documents
+from retro_jax.data.sources import Source, exclusion_files
+from retro_jax.data.stage import file_sha256
+from retro_jax.data.text import ReadCounts, common_root, expand_inputs
 from retro_jax.data.tokenizer import MODEL_TYPES, train_tokenizer
 from retro_jax.program import run
 
@@ -20,14 +26,14 @@ _COVERAGE = flags.DEFINE_float(
 )
 _MAX_SENTENCES = flags.DEFINE_integer("max_sentences", 1_000_000, "lines sampled to train on", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "of the sample")
+_EXCLUSIONS = flags.DEFINE_string("exclusions", None, "output of tools/find_duplicates.py for these files, left out")
 _SKIP_BAD = flags.DEFINE_bool("skip_bad", False, "count and leave out lines that cannot be read")
 
 
 def main() -> None:
     counts = ReadCounts()
-    documents = read_documents(expand_inputs(_INPUT.value), skip_bad=_SKIP_BAD.value, counts=counts)
     tokenizer = train_tokenizer(
-        (document.text for document in documents),
+        _texts(expand_inputs(_INPUT.value), counts),
         _OUTPUT.value,
         vocab_size=_VOCAB_SIZE.value,
         model_type=_MODEL_TYPE.value,
@@ -35,11 +41,25 @@ def main() -> None:
         max_sentences=_MAX_SENTENCES.value,
         seed=_SEED.value,
     )
-    skipped = f", {counts.bad_lines:,} bad lines left out" if counts.bad_lines else ""
-    print(
-        f"{_OUTPUT.value}: {tokenizer.vocab_size:,} tokens from {counts.documents:,} documents{skipped}, "
-        f"fingerprint {tokenizer.fingerprint}"
+    left_out = "".join(
+        f", {count:,} {what} left out"
+        for count, what in ((counts.bad_lines, "bad lines"), (counts.excluded_documents, "excluded documents"))
+        if count
     )
+    print(
+        f"{_OUTPUT.value}: {tokenizer.vocab_size:,} tokens from {counts.documents - counts.excluded_documents:,} "
+        f"documents{left_out}, fingerprint {tokenizer.fingerprint}"
+    )
+
+
+def _texts(paths: list[Path], counts: ReadCounts) -> Iterator[str]:
+    excluded: list[str | None] = [None] * len(paths)
+    if _EXCLUSIONS.value is not None:
+        excluded = exclusion_files(_EXCLUSIONS.value, paths, [file_sha256(path)[:16] for path in paths])[1]
+    for path, without in zip(paths, excluded, strict=True):
+        source = Source(str(path), str(common_root(paths)), _SKIP_BAD.value, without)
+        for _, document in source.documents(counts):
+            yield document.text
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def main() -> None:
     from retro_jax.retrieval.embedder import EmbeddingSet
     from retro_jax.retrieval.tuner import Tuner
 
-    embeddings = EmbeddingSet(_EMBEDDINGS.value)
+    embeddings = EmbeddingSet(_EMBEDDINGS.value, verify=True)
     wanted = min(_VECTORS.value + _QUERIES.value, len(embeddings))
     chosen = np.sort(np.random.default_rng(_SEED.value).choice(len(embeddings), wanted, replace=False))
     rows = embeddings.vectors(chosen)

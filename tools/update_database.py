@@ -8,15 +8,24 @@
 Added chunks get ids behind those that are there, in an index of their own. Removed documents are found by no search any
 more; their tokens stay until the database is compacted into a new directory. A server of the database loads the new
 state when it looks for one; neighbours that were found before name the old state by its fingerprint.
+
+The new index is asked for as the database's was, but for what fits a number of vectors (tree or not, leaves), which
+goes by rule; --settings takes what tune_index.py wrote instead. A document without an id is known by its file and line,
+so files that are added one day and the next need names of their own. A compaction during which the database is changed
+fails at its end: what was removed meanwhile must not come back.
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from retro_jax.data.text import expand_inputs
 from retro_jax.errors import UserError
 from retro_jax.program import beam_options, define_beam_flags, run
+
+if TYPE_CHECKING:
+    from retro_jax.retrieval.index_settings import IndexSettings
 
 ACTIONS = ("add", "remove", "compact")
 
@@ -27,6 +36,7 @@ _SKIP_BAD = flags.DEFINE_bool("skip_bad", False, "add: count and leave out unrea
 _IDS = flags.DEFINE_list("ids", [], "remove: ids of documents, separated by commas")
 _IDS_FILE = flags.DEFINE_string("ids_file", None, "remove: text file of ids, one a line")
 _GROUPS = flags.DEFINE_list("groups", [], "remove: groups whose documents all go")
+_SETTINGS = flags.DEFINE_string("settings", None, "add, compact: JSON file of tools/tune_index.py for the new index")
 _OUTPUT = flags.DEFINE_string("output", None, "compact: directory of the new database")
 _NUM_SHARDS = flags.DEFINE_integer("num_shards", None, "compact: shards of its index; default: by rule", lower_bound=1)
 _MIN_RECALL = flags.DEFINE_float("min_recall", 0.95, "recall@2 below which building an index fails")
@@ -45,7 +55,7 @@ def add() -> None:
     # After the flags: these bring TensorFlow and JAX.
     from retro_jax.retrieval.embedder import Embedder, EmbeddingSet
     from retro_jax.retrieval.segments import DatabaseCorpus
-    from retro_jax.retrieval.update import add_documents, default_settings
+    from retro_jax.retrieval.update import add_documents
 
     before = DatabaseCorpus(_DATABASE.value)
     made = EmbeddingSet(Path(_DATABASE.value) / "embeddings").manifest.settings["embedder"]
@@ -59,7 +69,7 @@ def add() -> None:
         _DATABASE.value,
         expand_inputs(_INPUT.value),
         embedder,
-        settings=default_settings(_DATABASE.value),
+        settings=_settings(),
         min_recall=_MIN_RECALL.value,
         skip_bad=_SKIP_BAD.value,
         options=beam_options(),
@@ -89,17 +99,23 @@ def compact() -> None:
     if _OUTPUT.value is None:
         raise UserError("compact needs --output, the directory of the new database")
     from retro_jax.retrieval.compaction import compact_database
-    from retro_jax.retrieval.update import default_settings
 
     counts = compact_database(
         _DATABASE.value,
         _OUTPUT.value,
-        settings=default_settings(_DATABASE.value),
+        settings=_settings(),
         num_shards=_NUM_SHARDS.value,
         min_recall=_MIN_RECALL.value,
         options=beam_options(),
     ).counts
     print(f"{_OUTPUT.value}: {counts['documents']:,} documents, {counts['chunks']:,} chunks")
+
+
+def _settings() -> "IndexSettings":
+    from retro_jax.retrieval.index_settings import IndexSettings
+    from retro_jax.retrieval.update import default_settings
+
+    return default_settings(_DATABASE.value) if _SETTINGS.value is None else IndexSettings.load(_SETTINGS.value)
 
 
 def _lines(path: Path) -> list[str]:

@@ -3,7 +3,9 @@
     python tools/write_sequences.py --corpus=DB/corpus --neighbours=X/neighbours --database=DB \
         --output=X/sequences --length=2048 --k=2
 
-Run again after an interruption, it writes the shards that are not finished.
+Run again after an interruption, it writes the shards that are not finished. Chunks of documents that were removed from
+the database since the neighbours were found are neighbours no more; the text that is trained on is the corpus's all the
+same, and documents of it that the database has lost are counted: to leave them out, build a corpus without them.
 """
 
 from absl import flags
@@ -29,24 +31,28 @@ define_beam_flags()
 
 
 def main() -> None:
+    corpus, database = Corpus(_CORPUS.value), DatabaseCorpus(_DATABASE.value)
     counts = write_sequences(
-        Corpus(_CORPUS.value),
+        corpus,
         NeighbourTable(_NEIGHBOURS.value),
-        DatabaseCorpus(_DATABASE.value),
+        database,
         _OUTPUT.value,
         length=_LENGTH.value,
         k=_K.value,
         packing=_PACKING.value,
         shard_records=_SHARD_RECORDS.value,
         seed=_SEED.value,
+        removed=database.segments.removed,
         options=beam_options(),
     ).counts
     padding = counts["padding_tokens"] / (counts["sequences"] * _LENGTH.value)
     short = counts["chunks"] - counts["chunks_by_neighbours"][-1]
+    lost = database.removed_documents(corpus)
+    trained = f"; {lost:,} documents in it were removed from {_DATABASE.value}" if lost else ""
     print(
         f"{_OUTPUT.value}: {counts['sequences']:,} sequences of {_LENGTH.value:,} tokens ({padding:.1%} padding), "
         f"{counts['bytes']:,} bytes of text, {short:,} of {counts['chunks']:,} chunks "
-        f"with fewer than {_K.value} neighbours"
+        f"with fewer than {_K.value} neighbours{trained}"
     )
 
 

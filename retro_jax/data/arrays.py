@@ -1,4 +1,4 @@
-""".npy files written row block by row block, so that a file larger than memory is fine."""
+""".npy files written row block by row block, so that a file larger than memory is fine, and files that share rows."""
 
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +29,7 @@ class ArrayWriter:
         rows = np.ascontiguousarray(rows, self._dtype)
         if rows.shape[1:] != self._row_shape:
             raise ValueError(f"rows of shape {rows.shape[1:]}, expected {self._row_shape}")
-        self._file.write(rows.tobytes())
+        self._file.write(rows.reshape(-1).view(np.uint8))
         self.rows += len(rows)
 
     def __enter__(self) -> "ArrayWriter":
@@ -49,3 +49,19 @@ class ArrayWriter:
         description = np.lib.format.dtype_to_descr(self._dtype)
         header = {"descr": description, "fortran_order": False, "shape": (self.rows, *self._row_shape)}
         np.lib.format.write_array_header_1_0(self._file, header)
+
+
+def save_array(path: str | Path, array: np.ndarray) -> None:
+    """Writes what `np.save` would write; the error of a full disk has its number, which NumPy leaves out."""
+    with ArrayWriter(path, array.dtype, array.shape[1:]) as writer:
+        writer.append(array)
+
+
+def files_of(offsets: np.ndarray, rows: range) -> slice:
+    """Which of some files hold these rows.
+
+    Args:
+      offsets: int64 [files + 1], the row that each file begins with, and the number of rows.
+      rows: consecutive ones.
+    """
+    return slice(int(np.searchsorted(offsets, rows.start, "right")) - 1, int(np.searchsorted(offsets, rows.stop)))

@@ -96,20 +96,22 @@ def write_chunks(writer: ShardWriter, arguments: dict[str, Any]) -> None:
             bad_lines=read.bad_lines,
             empty_documents=read.empty_documents,
             duplicate_documents=len(repeated),
-            excluded_documents=read.documents - totals["documents"] - len(repeated),
+            excluded_documents=read.excluded_documents,
         )
 
 
 def _cut_into_chunks(text: str, tokenizer: Tokenizer, dtype: np.dtype, document: int) -> np.ndarray:
     """Chunk rows of one document."""
     chunk_length = dtype["tokens"].shape[0]
-    ids = np.concatenate([[tokenizer.bos_id], tokenizer.encode_array(text), [tokenizer.eos_id]])
-    rows = np.zeros(-(-len(ids) // chunk_length), dtype)
+    ids = tokenizer.encode_array(text)
+    last = len(ids) + 1  # place of the end token
+    rows = np.zeros(last // chunk_length + 1, dtype)
     padded = np.full(len(rows) * chunk_length, tokenizer.pad_id, np.int32)
-    padded[: len(ids)] = ids
+    padded[0], padded[1:last], padded[last] = tokenizer.bos_id, ids, tokenizer.eos_id
+    del ids  # of a long document they are much
     rows["tokens"] = padded.reshape(-1, chunk_length)
     rows["length"] = chunk_length
-    rows["length"][-1] = len(ids) - (len(rows) - 1) * chunk_length
+    rows["length"][-1] = last + 1 - (len(rows) - 1) * chunk_length
     rows["bytes"] = tokenizer.token_bytes[padded].reshape(-1, chunk_length).sum(axis=1)
     rows["document"] = document
     if rows["bytes"].sum(dtype=np.int64) != len(text.encode()):

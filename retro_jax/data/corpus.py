@@ -14,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
+from retro_jax.data.arrays import files_of, save_array
 from retro_jax.data.chunking import TOTALS, write_chunks
 from retro_jax.data.distribute import BeamOptions, Unit, WorkersError, distribute
-from retro_jax.data.sources import Source, repeated_rows, write_digests
+from retro_jax.data.sources import Source, exclusion_files, repeated_rows, write_digests
 from retro_jax.data.stage import Manifest, Stage, file_sha256, load_manifest, shard_name, verify_checksums
 from retro_jax.data.text import common_root, relative_names
 from retro_jax.data.tokenizer import PAD_ID, Tokenizer
@@ -33,6 +34,7 @@ def build_corpus(
     chunk_length: int = 64,
     skip_bad: bool = False,
     exclusions: str | Path | None = None,
+    short: bool = False,
     options: BeamOptions | None = None,
 ) -> Manifest:
     """Tokenises documents and writes them as chunks; continues where an earlier run stopped.
@@ -46,11 +48,12 @@ def build_corpus(
       chunk_length: M.
       skip_bad: count and leave out unreadable lines and documents whose id came before, instead of stopping.
       exclusions: output of `retro_jax.data.duplicates.find_duplicates` for these inputs: documents to leave out.
+      short: it is no mistake when every document is shorter than a chunk (whose end is padding then, as always).
       options: where the files are worked off; default in this process.
 
     Raises:
-      UserError: bad input (with file and line), an id used twice, no document, or no chunk with M tokens; exclusions
-        that were found in other files.
+      UserError: bad input (with file and line), an id used twice, no document, or no chunk with M tokens unless
+        `short`; exclusions that were found in other files.
     """
     inputs = [Path(path) for path in inputs]
     if not inputs:
@@ -65,7 +68,7 @@ def build_corpus(
     }
     excluded: list[str | None] = [None] * len(inputs)
     if exclusions is not None:
-        fingerprints["exclusions"], excluded = _exclusions(Path(exclusions), inputs, checksums)
+        fingerprints["exclusions"], excluded = exclusion_files(exclusions, inputs, checksums)
     sources = [
         Source(str(path.absolute()), str(common_root(inputs)), skip_bad, shard)
         for path, shard in zip(inputs, excluded, strict=True)
@@ -97,7 +100,7 @@ def build_corpus(
             distribute(stage, units, write_chunks, options, label="corpus", unit="bytes")
         stage.keep([name for names in shards for name in names])
         counts = {key: sum(stage.counts(names[-1])[key] for names in shards) for key in TOTALS}
-        if counts["complete_chunks"] == 0:
+        if counts["complete_chunks"] == 0 and not (short and counts["documents"]):
             stage.discard()
             if counts["documents"] == 0:
                 raise UserError(f"{_described(inputs)}: no document with text in it, so there is no corpus to build")
@@ -158,7 +161,7 @@ class Corpus:
         self.directory = Path(directory)
         self.manifest = load_manifest(directory, "corpus")
         if verify:
-            verify_checksums(directory, self.manifest)
+            verify_checksums(directory, self.manifest.shards)
         self.fingerprint = self.manifest.fingerprint
         self.chunk_length: int = self.manifest.settings["chunk_length"]
         self.vocab_size: int = self.manifest.settings["vocab_size"]
@@ -170,11 +173,27 @@ class Corpus:
         self.num_bytes: int = counts["bytes"]
         self.num_tokens: int = counts["tokens"]
         names = [shard.name for shard in self.manifest.shards]
-        self._chunks = [self._map(name) for name in names if name.startswith("chunks-")]
-        self._documents = [self._map(name) for name in names if name.startswith("documents-") and name.endswith(".npy")]
-        self._records = [self.directory / name for name in names if name.endswith(".jsonl")]
+        chunks = [name for name in names if name.startswith("chunks-")]
+        documents = [name for name in names if name.startswith("documents-") and name.endswith(".npy")]
+        records = [name for name in names if name.endswith(".jsonl")]
+        self._names = (chunks, documents, records)
+        self._chunks, self._documents = [self._map(name) for name in chunks], [self._map(name) for name in documents]
+        self._records = [self.directory / name for name in records]
         self.shard_offsets = _offsets(self._chunks)
         self._document_offsets = _offsets(self._documents)
+
+    def verify(self, chunks: range | None = None) -> None:
+        """Compares the checksums of the files with these chunks, their documents and the tokenizer; None: of all.
+
+        Raises:
+          UserError: naming the first file that differs.
+        """
+        shards = self.manifest.shards
+        if chunks is not None:
+            chosen = files_of(self.shard_offsets, chunks)
+            names = {TOKENIZER_FILE, *(name for kind in self._names for name in kind[chosen])}
+            shards = [shard for shard in shards if shard.name in names]
+        verify_checksums(self.directory, shards)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -292,16 +311,6 @@ def _offsets(arrays: list[np.ndarray]) -> np.ndarray:
     return np.concatenate([[0], np.cumsum([len(array) for array in arrays])]).astype(np.int64)
 
 
-def _exclusions(directory: Path, inputs: list[Path], checksums: list[str]) -> tuple[str, list[str]]:
-    """Fingerprint of the exclusions, and for each input the file that says what is left out of it."""
-    manifest = load_manifest(directory, "duplicates")
-    shards = {checksum: str((directory / name).absolute()) for name, checksum in manifest.settings["files"].items()}
-    for path, checksum in zip(inputs, checksums, strict=True):
-        if checksum not in shards:
-            raise UserError(f"{path}: {directory} was not made for this file; make it again for these inputs")
-    return manifest.fingerprint, [shards[checksum] for checksum in checksums]
-
-
 def _repeated(stage: Stage, sources: list[Source], sizes: list[int], options: BeamOptions) -> list[str | None]:
     """For each source a file with its rows whose id came before, or None when there are none."""
     count = len(sources)
@@ -323,8 +332,8 @@ def _repeated(stage: Stage, sources: list[Source], sizes: list[int], options: Be
     for i, rows in enumerate(repeated):
         name = shard_name("repeated", i, count, ".npy")
         if len(rows) and not stage.has(name):
-            with stage.shard(name) as (path, _), open(path, "wb") as file:
-                np.save(file, rows)
+            with stage.shard(name) as (path, _):
+                save_array(path, rows)
         files.append(str((stage.directory / name).absolute()) if len(rows) else None)
     return files
 

@@ -30,6 +30,7 @@ from retro_jax.errors import UserError
 from retro_jax.progress import Progress
 
 LOCAL = "local"
+_DOWNLOADING = ("direct", "switchingdirect", "bundlebaseddirect", "prism")
 _RUN_BYTES = 2**15
 _LONGEST_TEXT = 2000  # characters; of at most 12 bytes in JSON
 _LONGEST_REASON = 300
@@ -63,7 +64,8 @@ class BeamOptions:
             raise UserError(f"workers must be at least 1, is {self.workers}")
         if self.workers > 1 and self.runner != LOCAL:
             raise UserError(f"workers is of the local runner; {self.runner} takes the number among Beam's own options")
-        if self.runner in ("DirectRunner", "BundleBasedDirectRunner", "PrismRunner"):
+        # Beam takes its names in any case, without "Runner", and as module.Class.
+        if self.runner.lower().rpartition(".")[2].removesuffix("runner") in _DOWNLOADING:
             raise UserError(f"{self.runner} is not supported (it may download a program); use --runner={LOCAL}")
 
 
@@ -75,11 +77,13 @@ class Unit:
       shards: the files of the stage that it writes, all of them, in the order they are finished.
       arguments: of the work; JSON-serialisable.
       size: how much it adds to the progress bar.
+      folder: the one that it writes, at once (`ShardWriter.folder`): then `shards` are some of those in it.
     """
 
     shards: tuple[str, ...]
     arguments: dict[str, Any]
     size: int = 1
+    folder: str | None = None
 
 
 def distribute(stage: Stage, units: Sequence[Unit], work: Work, options: BeamOptions, *, label: str, unit: str) -> None:
@@ -93,7 +97,8 @@ def distribute(stage: Stage, units: Sequence[Unit], work: Work, options: BeamOpt
       units: whose shards are distinct.
       work: a function at the top level of a module that every worker can import. It writes each shard of the unit
         with `writer.shard(name)` and may tell `writer.advance(amount)` of parts of the unit's size while it works. It
-        may run twice for a unit, when a worker is lost.
+        may run twice for a unit, also at the same time, when a worker seems lost: files that differ between two runs
+        and belong together go into a folder (`writer.folder`).
       options: where.
       label: what is being done, for the progress bar.
       unit: what the sizes count, a plural noun.
@@ -105,6 +110,8 @@ def distribute(stage: Stage, units: Sequence[Unit], work: Work, options: BeamOpt
     """
     pending = [entry for entry in units if not all(map(stage.has, entry.shards))]
     for entry in pending:
+        if entry.folder is not None:
+            stage.drop_folder(entry.folder)
         for name in entry.shards:
             stage.drop(name)
     if not pending:

@@ -14,13 +14,14 @@ import functools
 import json
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from retro_jax.data.arrays import ArrayWriter
+from retro_jax.data.arrays import ArrayWriter, save_array
 from retro_jax.data.distribute import BeamOptions, Unit, WorkersError, distribute
 from retro_jax.data.shingles import BANDS, ROWS, band_keys, jaccard, shingles
 from retro_jax.data.sources import Source
@@ -32,6 +33,7 @@ MODES = ("auto", "exact", "minhash")
 TABLE_LIMIT = 100_000_000
 TOTALS = ("documents", "bytes", "near_duplicates", "near_duplicate_bytes", "titles", "title_bytes")
 _TABLE = ("table-keys.npy", "table-owners.npy")
+_KEYS_AT_ONCE = 2**20  # looked up, of one document
 _HEADING = re.compile(r"\s*= ([^=].*?) =\s*")
 
 
@@ -212,10 +214,15 @@ class _Evaluation:
 
         The first of several; similarity 0 when none shares a shingle or, with MinHash, a key.
         """
-        owners = self._owners_of(found if exact else band_keys(found))
-        if not len(owners):
+        keys = found if exact else band_keys(found)
+        shared: Counter[int] = Counter()
+        for first in range(0, len(keys), _KEYS_AT_ONCE):
+            owners, counts = np.unique(self._owners_of(keys[first : first + _KEYS_AT_ONCE]), return_counts=True)
+            shared.update(dict(zip(owners.tolist(), counts.tolist(), strict=True)))
+        if not shared:
             return -1, 0.0
-        candidates, common = np.unique(owners, return_counts=True)
+        candidates = np.array(sorted(shared))
+        common = np.array([shared[number] for number in candidates.tolist()])
         if not exact:
             common = np.array([len(np.intersect1d(found, self._of(i), assume_unique=True)) for i in candidates])
         similarities = jaccard(common, len(found), self._sizes[candidates])
@@ -284,8 +291,8 @@ def _write_table(stage: Stage, parts: list[tuple[str, ...]], mode: str, limit: i
         all_keys = np.concatenate(keys)
         order = np.argsort(all_keys, kind="stable")
         for name, column in zip(_TABLE, (all_keys, np.concatenate(owners)), strict=True):
-            with stage.shard(name) as (path, _), open(path, "wb") as file:
-                np.save(file, column[order])
+            with stage.shard(name) as (path, _):
+                save_array(path, column[order])
     return "exact" if exact else "minhash"
 
 

@@ -11,16 +11,18 @@ from typing import Any, Protocol
 import grain
 import numpy as np
 
-from retro_jax.data.arrays import ArrayWriter
+from retro_jax.data.arrays import ArrayWriter, save_array
 from retro_jax.data.corpus import TOKENIZER_FILE, Corpus
 from retro_jax.data.distribute import BeamOptions, Unit, distribute
+from retro_jax.data.ranges import in_ranges
 from retro_jax.data.records import SequenceSchema
-from retro_jax.data.stage import Manifest, ShardWriter, Stage, load_manifest, shard_name
+from retro_jax.data.stage import Manifest, ShardWriter, Stage, fingerprint, load_manifest, shard_name
 from retro_jax.data.tfrecord import FRAME_BYTES, FixedStrideReader, RecordWriter
 from retro_jax.errors import UserError
 
 PACKINGS = ("document", "packed")
 _SPANS = "spans.npy"
+_REMOVED = "removed.npy"
 _SPANS_AT_ONCE = 1_000_000
 _TOTALS = ("sequences", "chunks", "tokens", "bytes")
 _BLOCK = 64
@@ -42,6 +44,9 @@ class NeighbourText(Protocol):
     def neighbour_tokens(self, ids: np.ndarray) -> np.ndarray:
         """int32 [..., R]: chunk and continuation, PAD where missing."""
 
+    def verify(self) -> None:
+        """Compares all checksums."""
+
 
 class NeighbourTable(Protocol):
     """What is needed of precomputed neighbours, keyed by chunk of the query corpus.
@@ -62,6 +67,9 @@ class NeighbourTable(Protocol):
     def distances(self, chunk_ids: np.ndarray) -> np.ndarray:
         """float32 [n, k]: squared distances, inf for none."""
 
+    def verify(self) -> None:
+        """Compares all checksums."""
+
 
 def write_sequences(
     corpus: Corpus,
@@ -74,13 +82,15 @@ def write_sequences(
     packing: str = "document",
     shard_records: int = 8192,
     seed: int = 0,
+    removed: np.ndarray | None = None,
     options: BeamOptions | None = None,
 ) -> Manifest:
     """Cuts a corpus into sequences of T tokens with the neighbours of every chunk by value, in random order.
 
     A chunk gets its first k neighbours in order of rank that share no document group with any document of the
-    sequence (paper section 2.3); chunks with fewer are counted by `chunks_by_neighbours` in the manifest. What is read
-    is mapped, not loaded, and the order is computed place by place, so memory does not grow with the corpus.
+    sequence (paper section 2.3) and were not removed since; chunks with fewer are counted by `chunks_by_neighbours` in
+    the manifest. What is read is mapped, not loaded, and the order is computed place by place, so memory does not grow
+    with the corpus.
 
     Args:
       corpus: what is trained on.
@@ -93,10 +103,12 @@ def write_sequences(
         whatever their document, so only last chunks of documents have padding.
       shard_records: sequences of a shard.
       seed: of the order, 0 to 2^32 - 1.
+      removed: int64 [r, 2], first and stop of chunk ids of the database that are neighbours no more, since their
+        documents were removed after these were found (`Segments.removed`); None: nothing was.
       options: where the shards are written; default in this process.
 
     Raises:
-      UserError: inputs that do not belong together, or settings that cannot be.
+      UserError: inputs that do not belong together or are damaged, or settings that cannot be.
     """
     _check_inputs(corpus, neighbours, database_corpus, k, packing, shard_records)
     M = corpus.chunk_length
@@ -113,9 +125,17 @@ def write_sequences(
         "neighbours": neighbours.fingerprint,
         "database": neighbours.database_fingerprint,
     }
+    removed = np.zeros((0, 2), np.int64) if removed is None else removed
+    if len(removed):
+        inputs["removed"] = fingerprint(removed.tolist())
     with Stage(directory, "sequences", settings=settings, inputs=inputs) as stage:
         if stage.complete:
             return stage.manifest
+        for opened in (corpus, neighbours, database_corpus):  # here, as every shard is of chunks from all over them
+            opened.verify()
+        if not stage.has(_REMOVED):
+            with stage.shard(_REMOVED) as (path, _):
+                save_array(path, removed)
         if not stage.has(_SPANS):
             with stage.shard(_SPANS) as (path, counts):
                 with ArrayWriter(path, np.dtype("<i8"), (2,)) as writer:
@@ -152,6 +172,7 @@ def write_shard(writer: ShardWriter, arguments: dict[str, Any]) -> None:
     corpus, neighbours, database = (_open(*reference) for reference in arguments["opened"])
     schema = SequenceSchema(**arguments["schema"])
     spans = np.load(writer.directory / _SPANS, mmap_mode="r")
+    removed = np.load(writer.directory / _REMOVED)
     order = grain.MapDataset.range(len(spans)).shuffle(seed=arguments["seed"])
     chosen = np.array([order[place] for place in range(*arguments["places"])])
     totals = dict.fromkeys(_TOTALS, 0)
@@ -161,7 +182,7 @@ def write_shard(writer: ShardWriter, arguments: dict[str, Any]) -> None:
             for first in range(0, len(chosen), _BLOCK):
                 starts, ends = spans[chosen[first : first + _BLOCK]].T
                 ids = _chunk_ids(starts, ends, schema.chunks)
-                examples = _examples(ids, corpus, neighbours, database, schema, arguments["packing"])
+                examples = _examples(ids, corpus, neighbours, database, removed, schema, arguments["packing"])
                 for row in range(len(ids)):
                     records.write(schema.encode({key: value[row] for key, value in examples.items()}))
                 _count(ids, examples, corpus, totals, histogram)
@@ -298,12 +319,13 @@ def _examples(
     corpus: Corpus,
     table: NeighbourTable,
     database: NeighbourText,
+    removed: np.ndarray,
     schema: SequenceSchema,
     packing: str,
 ) -> dict[str, np.ndarray]:
     """All features of the sequences with chunk ids [n, L], stacked on the first axis."""
     keys = corpus.document_keys(ids)
-    neighbour_ids, distances = _filtered(ids, keys, table, database, schema.neighbours)
+    neighbour_ids, distances = _filtered(ids, keys, table, database, removed, schema.neighbours)
     return {
         "bytes": corpus.byte_counts(ids),
         "chunks": ids,
@@ -329,9 +351,13 @@ def _last_labels(ids: np.ndarray, corpus: Corpus, packing: str) -> np.ndarray:
 
 
 def _filtered(
-    ids: np.ndarray, keys: np.ndarray, table: NeighbourTable, database: NeighbourText, k: int
+    ids: np.ndarray, keys: np.ndarray, table: NeighbourTable, database: NeighbourText, removed: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """First k neighbours of each chunk [n, L] that share no key with the sequence: ids and distances [n, L, K]."""
+    """First k neighbours of each chunk [n, L] that share no key with the sequence and were not removed.
+
+    Returns:
+      ids and distances [n, L, K].
+    """
     n, L = ids.shape
     found = np.full((n, L, table.k), -1, np.int64)
     distances = np.full((n, L, table.k), np.inf, np.float32)
@@ -339,7 +365,7 @@ def _filtered(
     found[real] = table.ids(ids[real])
     distances[real] = table.distances(ids[real])
     found_keys = database.document_keys(found)
-    kept = found >= 0
+    kept = (found >= 0) & ~in_ranges(found, removed)
     for chunk in range(L):  # one chunk's document at a time: all at once would need [n, L, k, L]
         kept &= found_keys != keys[:, chunk, None, None]
     best = np.argsort(~kept, axis=-1, kind="stable")[..., :k]

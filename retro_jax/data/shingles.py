@@ -4,14 +4,12 @@ A shingle is n words (`words.py`) in a row, kept as a 64-bit hash that is the sa
 than n words is one shingle.
 """
 
-import re
-from collections.abc import Iterator
 from hashlib import blake2b
 
 import numpy as np
 from datasketch import MinHash
 
-from retro_jax.data.words import words
+from retro_jax.data.words import pieces, words
 
 BANDS, ROWS = 21, 6
 _SEED = 1
@@ -19,7 +17,6 @@ _PIECE_CHARACTERS = 2**20
 _KNOWN_WORDS = 2**20
 _SIGNED_AT_ONCE = 2**13  # datasketch needs a kilobyte for each
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
-_SPACE = re.compile(r"\s")
 
 
 class _WordHashes(dict):
@@ -34,20 +31,23 @@ _word_hashes = _WordHashes()
 
 
 def shingles(text: str, n: int) -> np.ndarray:
-    """uint64 [distinct shingles], sorted: hashes of every n words in a row. A long text is read piece by piece."""
-    pieces = [np.zeros(0, np.uint64)]
-    for piece in _pieces(text):
+    """uint64 [distinct shingles], sorted: hashes of every n words in a row.
+
+    A long text is read piece by piece: besides it, memory holds 18 bytes a word, a character in scripts without spaces.
+    """
+    parts, last = [], np.zeros(0, np.uint64)  # the words that the next piece goes on from
+    for piece in pieces(text, _PIECE_CHARACTERS):
         found = words(piece)
-        pieces.append(np.fromiter(map(_word_hashes.__getitem__, found), np.uint64, len(found)))
-    hashes = np.concatenate(pieces)
-    if not len(hashes):
-        return hashes
-    n = min(n, len(hashes))
-    combined = np.zeros(len(hashes) - n + 1, np.uint64)
-    for i in range(n):
-        combined *= _MULTIPLIER
-        combined += hashes[i : len(combined) + i]
-    return np.unique(_mixed(combined))
+        hashes = np.concatenate([last, np.fromiter(map(_word_hashes.__getitem__, found), np.uint64, len(found))])
+        if len(hashes) >= n:
+            parts.append(np.unique(_combined(hashes, n)))
+        last = hashes[max(0, len(hashes) - n + 1) :]
+    if not parts:
+        return _combined(last, len(last)) if len(last) else last
+    together = np.concatenate(parts)
+    parts.clear()
+    together.sort()
+    return together[np.append(True, together[1:] != together[:-1])]
 
 
 def jaccard(common: np.ndarray | int, size: np.ndarray | int, other: np.ndarray | int) -> np.ndarray | float:
@@ -72,14 +72,13 @@ def band_keys(members: np.ndarray) -> np.ndarray:
 _permutations = MinHash(BANDS * ROWS, seed=_SEED, hashfunc=int, scheme="affine64").permutations
 
 
-def _pieces(text: str) -> Iterator[str]:
-    """Parts of a text that end at white space."""
-    start = 0
-    while start < len(text):
-        space = _SPACE.search(text, start + _PIECE_CHARACTERS)
-        end = space.start() if space else len(text)
-        yield text[start:end]
-        start = end
+def _combined(hashes: np.ndarray, n: int) -> np.ndarray:
+    """uint64 [words - n + 1]: a hash of every n words in a row, from those of the words."""
+    combined = np.zeros(len(hashes) - n + 1, np.uint64)
+    for i in range(n):
+        combined *= _MULTIPLIER
+        combined += hashes[i : len(combined) + i]
+    return _mixed(combined)
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from retro_jax.data.stage import ShardWriter
+from retro_jax.data.arrays import save_array
+from retro_jax.data.stage import ShardWriter, load_manifest, verify_checksums
 from retro_jax.data.text import Document, ReadCounts, read_documents
 from retro_jax.errors import UserError
 
@@ -51,12 +52,35 @@ class Source:
         excluded = self.excluded_rows()
         found = read_documents([self.path], skip_bad=self.skip_bad, counts=counts, root=Path(self.root))
         for row, document in enumerate(found):
-            if row not in excluded:
+            if row in excluded:
+                counts.excluded_documents += 1
+            else:
                 yield row, document
 
     def document(self, row: int) -> Document:
         """One document, by reading the file up to it."""
         return next(document for found, document in self.documents(ReadCounts()) if found == row)
+
+
+def exclusion_files(directory: str | Path, inputs: Sequence[Path], checksums: Sequence[str]) -> tuple[str, list[str]]:
+    """Fingerprint of the output of `find_duplicates`, and for each input the file that says what is left out of it.
+
+    Args:
+      directory: output of `find_duplicates`.
+      inputs: files that it was made for, or some of them.
+      checksums: of each, the first 16 hex digits of its SHA-256.
+
+    Raises:
+      UserError: it was not made for one of the files, or is damaged.
+    """
+    directory = Path(directory)
+    manifest = load_manifest(directory, "duplicates")
+    names = {checksum: name for name, checksum in manifest.settings["files"].items()}
+    for path, checksum in zip(inputs, checksums, strict=True):
+        if checksum not in names:
+            raise UserError(f"{path}: {directory} was not made for this file; make it again for these inputs")
+    verify_checksums(directory, manifest.shards)
+    return manifest.fingerprint, [str((directory / names[checksum]).absolute()) for checksum in checksums]
 
 
 def write_digests(writer: ShardWriter, arguments: dict[str, Any]) -> None:
@@ -68,8 +92,8 @@ def write_digests(writer: ShardWriter, arguments: dict[str, Any]) -> None:
         packed += blake2b(document.id.encode(), digest_size=16).digest() + row.to_bytes(8, "little")
         writer.advance(read.position - shown)
         shown = read.position
-    with writer.shard(arguments["shard"]) as (path, _), open(path, "wb") as file:
-        np.save(file, np.sort(np.frombuffer(packed, DIGEST_DTYPE)))
+    with writer.shard(arguments["shard"]) as (path, _):
+        save_array(path, np.sort(np.frombuffer(packed, DIGEST_DTYPE)))
 
 
 def repeated_rows(

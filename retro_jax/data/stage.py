@@ -2,20 +2,22 @@
 
 A stage writes one directory. While it works, the directory holds `plan.json` (what is being made, from what) and
 finished shards, each beside a `<shard>.done.json` with its size, checksum and counts. A shard is written under a
-temporary name, flushed to disk and renamed. When all are there, `manifest.json` is written by atomic rename and the
-side files are removed. No manifest: no data set. A stage started again on its own directory goes on after the last
-finished shard; started with other settings or inputs it refuses and names the difference. An unfinished directory is
-locked by the process that writes it: a second one is refused. Shards may come from other processes and machines
-(`retro_jax.data.distribute`): they write through a `ShardWriter`, and the process with the lock finds what they
-finished on disk.
+temporary name, flushed to disk and renamed; so is a folder of shards that belong together. When all are there,
+`manifest.json` is written by atomic rename and the side files are removed. No manifest: no data set. A stage started
+again on its own directory goes on after the last finished shard; started with other settings or inputs it refuses and
+names the difference. An unfinished directory is locked by the process that writes it: a second one is refused. Shards
+may come from other processes and machines (`retro_jax.data.distribute`): they write through a `ShardWriter`, and the
+process with the lock finds what they finished on disk.
 """
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,17 +88,21 @@ def shard_name(stem: str, index: int, count: int, suffix: str) -> str:
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success flushes it to disk and renames it to `path`.
 
-    On any exception the temporary file is removed and `path` is left as it was.
+    On any exception the temporary file is removed and `path` is left as it was; that of a full disk names `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+    temporary = path.with_name(_temporary_name(path.name))
     try:
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _sync_directory(path.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename in (None, str(temporary)):
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -155,13 +161,13 @@ def require_shards(directory: str | os.PathLike, shards: Iterable[Shard]) -> Non
             raise UserError(f"{file}: {file.stat().st_size} bytes, the manifest says {shard.size}; rebuild {directory}")
 
 
-def verify_checksums(directory: str | os.PathLike, manifest: Manifest) -> None:
-    """Reads every shard and compares its SHA-256 with the manifest.
+def verify_checksums(directory: str | os.PathLike, shards: Iterable[Shard]) -> None:
+    """Reads shards of a finished stage and compares their SHA-256 with the manifest's.
 
     Raises:
       UserError: naming the first shard that differs.
     """
-    for shard in manifest.shards:
+    for shard in shards:
         if file_sha256(Path(directory) / shard.name) != shard.sha256:
             raise UserError(f"{Path(directory) / shard.name}: checksum differs from the manifest; rebuild {directory}")
 
@@ -190,9 +196,10 @@ class ShardWriter:
           advance: is told of work done.
         """
         self.directory = Path(directory)
+        self.advanced = 0
         self._run = None if run is None else self.directory / run
         self._advance = advance
-        self.advanced = 0
+        self._prefix = ""  # of the names of the shards
 
     @contextlib.contextmanager
     def shard(self, name: str) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -206,18 +213,48 @@ class ShardWriter:
             yield temporary, counts
             digest = file_sha256(temporary)
             size = temporary.stat().st_size
-            if self._run is not None and not self._run.exists():
-                raise UserError(f"{self.directory}: the run that this process worked for is over")
+            self._refuse_ended_run()
+        shard = Shard(self._prefix + name, size, digest, counts)
         try:
-            write_json(self.directory / (name + _DONE), dataclasses.asdict(Shard(name, size, digest, counts)))
+            write_json(self.directory / (name + _DONE), dataclasses.asdict(shard))
         except OSError:
             (self.directory / name).unlink(missing_ok=True)  # without its side file nobody would know it is finished
             raise
+
+    @contextlib.contextmanager
+    def folder(self, name: str) -> Iterator["ShardWriter"]:
+        """Yields a writer of the shards in a folder of the stage; on success the folder is committed with all of them.
+
+        It is written under a temporary name and renamed. Where another writer's is there already that one stays, so a
+        folder never holds shards of two writers.
+
+        Raises:
+          UserError: the run that this writer belongs to is over.
+        """
+        temporary = self.directory / _temporary_name(name)
+        temporary.mkdir()
+        inside = ShardWriter(temporary)
+        inside._run, inside._prefix = self._run, f"{name}/"
+        try:
+            yield inside
+            self._refuse_ended_run()
+            try:
+                os.rename(temporary, self.directory / name)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+            _sync_directory(self.directory)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
     def advance(self, amount: int) -> None:
         """Tells the progress bar, where it is in this process, of work done."""
         self.advanced += amount
         self._advance(amount)
+
+    def _refuse_ended_run(self) -> None:
+        if self._run is not None and not self._run.exists():
+            raise UserError(f"{self._run.parent}: the run that this process worked for is over")
 
 
 def is_finished(directory: str | os.PathLike, name: str) -> bool:
@@ -336,7 +373,7 @@ class Stage:
 
     def reload(self) -> None:
         """Takes in the shards that other processes have finished in this directory."""
-        for path in sorted(self.directory.rglob(f"*{_DONE}")):
+        for path in self._side_files():
             shard = _read_side_file(path)
             file = self.directory / shard.name
             if file.is_file() and file.stat().st_size == shard.size:
@@ -347,6 +384,15 @@ class Stage:
         self._shards.pop(name, None)
         (self.directory / (name + _DONE)).unlink(missing_ok=True)
         (self.directory / name).unlink(missing_ok=True)
+
+    def drop_folder(self, name: str) -> None:
+        """Takes back the shards of a folder of an unfinished stage, when it is there, and what else it holds."""
+        for shard in [shard for shard in self._shards if shard.startswith(f"{name}/")]:
+            del self._shards[shard]
+        temporary = self.directory / _temporary_name(name)
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(self.directory / name, temporary)  # at once: half a folder could pass for a whole one
+        shutil.rmtree(temporary, ignore_errors=True)
 
     def keep(self, names: Sequence[str]) -> None:
         """Takes back every shard that is not among the names: what was needed only to make these."""
@@ -385,14 +431,26 @@ class Stage:
                 f"{self.directory} was made with {path} = {old}, now it is {new}; give another directory or remove it"
             )
 
+    def _side_files(self) -> list[Path]:
+        found = []
+        for folder, folders, names in os.walk(self.directory):
+            folders[:] = [name for name in folders if not name.startswith(TEMPORARY)]  # those are not committed
+            found += [Path(folder, name) for name in names if name.endswith(_DONE) and not name.startswith(TEMPORARY)]
+        return found
+
     def _remove_side_files(self) -> None:
-        for path in self.directory.rglob(f"*{_DONE}"):
+        for path in self._side_files():
             path.unlink()
         (self.directory / PLAN).unlink(missing_ok=True)
 
     def _remove_leftovers(self) -> None:
-        for leftover in self.directory.rglob(f"{TEMPORARY}*"):
-            leftover.unlink()
+        for folder, folders, names in os.walk(self.directory):
+            for name in [name for name in folders if name.startswith(TEMPORARY)]:
+                shutil.rmtree(Path(folder, name), ignore_errors=True)  # its writer may be living, and removes it too
+                folders.remove(name)
+            for name in names:
+                if name.startswith(TEMPORARY):
+                    Path(folder, name).unlink(missing_ok=True)
 
 
 def _parse_manifest(value: dict[str, Any]) -> Manifest:
@@ -408,6 +466,10 @@ def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any,
             yield from _differences(old.get(key, "absent"), new.get(key, "absent"), where)
     elif old != new:
         yield path, old, new
+
+
+def _temporary_name(name: str) -> str:
+    return f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}-{name}"
 
 
 def _sync_directory(directory: Path) -> None:

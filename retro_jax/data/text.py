@@ -50,12 +50,14 @@ class ReadCounts:
       documents: documents given out.
       bad_lines: lines skipped because they could not be read (`skip_bad`).
       empty_documents: documents without any character but white space, dropped.
+      excluded_documents: those of `documents` that a `Source` did not hand on.
       position: bytes of the input files (compressed ones as they lie on disk) behind the reader.
     """
 
     documents: int = 0
     bad_lines: int = 0
     empty_documents: int = 0
+    excluded_documents: int = 0
     position: int = 0
 
 

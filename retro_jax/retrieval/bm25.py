@@ -73,8 +73,8 @@ class Bm25:
 
     @classmethod
     def open(cls, directory: str | os.PathLike, settings: Bm25Settings | None = None) -> "Bm25":
-        """Opens a database directory, of which only corpus/ (and additions) is needed."""
-        return cls(DatabaseCorpus(directory), settings)
+        """Opens a database directory, of which only corpus/ (and additions) is needed, and compares its checksums."""
+        return cls(DatabaseCorpus(directory, verify=True), settings)
 
     def search(
         self, queries: np.ndarray, k: int, exclude_keys: np.ndarray | None = None

@@ -15,12 +15,13 @@ import numpy as np
 from retro_jax.data.arrays import ArrayWriter
 from retro_jax.data.corpus import TOKENIZER_FILE, Corpus
 from retro_jax.data.distribute import BeamOptions, Unit, distribute
+from retro_jax.data.ranges import in_ranges
 from retro_jax.data.stage import Manifest, ShardWriter, Stage, shard_name
 from retro_jax.errors import UserError
 from retro_jax.retrieval.embedder import EmbeddingSet
 from retro_jax.retrieval.index_build import MIN_RECALL, build_index
 from retro_jax.retrieval.index_settings import IndexSettings
-from retro_jax.retrieval.segments import ADDITIONS, DatabaseCorpus, in_ranges
+from retro_jax.retrieval.segments import ADDITIONS, DatabaseCorpus, Segments
 from retro_jax.retrieval.update import compacted_fingerprint
 
 _BLOCK = 16_384
@@ -48,10 +49,20 @@ def compact_database(
       The manifest of the new corpus.
 
     Raises:
-      UserError: every document was removed; the output holds something else, also a compaction from before a change.
+      UserError: every document was removed; the output holds something else, also a compaction from before a change;
+        the database was changed meanwhile: what was removed then must not come back.
     """
     output, options = Path(output), options or BeamOptions()
     corpus = DatabaseCorpus(directory)
+
+    def refuse_change() -> None:
+        now = Segments.load(directory).version
+        if now != corpus.segments.version:
+            raise UserError(
+                f"{directory} was changed while it was compacted (version {corpus.segments.version}, now {now}): "
+                f"remove {output} and compact it again"
+            )
+
     folders = [corpus.directory, *(corpus.directory / ADDITIONS / name for name in corpus.segments.additions)]
     manifest = _copy_corpus(corpus, output / "corpus", options)
     _copy_embeddings(corpus, folders, output / "embeddings", manifest, options)
@@ -62,6 +73,7 @@ def compact_database(
         num_shards=num_shards,
         min_recall=min_recall,
         options=options,
+        last_check=refuse_change,
     )
     return manifest
 
@@ -76,6 +88,7 @@ def copy_corpus_shard(writer: ShardWriter, arguments: dict[str, Any]) -> None:
     """
     source = Corpus(arguments["corpus"])
     place = arguments["shard"], len(source.shard_offsets) - 1
+    source.verify(range(*source.shard_offsets[arguments["shard"] : arguments["shard"] + 2].tolist()))
     records = source.directory / shard_name("documents", *place, ".jsonl")
     rows = np.load(source.directory / shard_name("documents", *place, ".npy"), mmap_mode="r", allow_pickle=False)
     keep = ~in_ranges(rows["first_chunk"], np.asarray(arguments["removed"], np.int64).reshape(-1, 2))
@@ -118,6 +131,7 @@ def copy_embeddings_shard(writer: ShardWriter, arguments: dict[str, Any]) -> Non
       arguments: "embeddings" directory, "first" and "stop" of its chunk ids, "removed" ranges of them, "name".
     """
     source = EmbeddingSet(arguments["embeddings"])
+    source.verify(range(arguments["first"], arguments["stop"]))
     removed = np.asarray(arguments["removed"], np.int64).reshape(-1, 2)
     chunks = empty = 0
     with (
@@ -154,9 +168,9 @@ def _copy_corpus(corpus: DatabaseCorpus, output: Path, options: BeamOptions) -> 
                 units.append(Unit(names, {**arguments, "removed": removed}, stop - first))
         distribute(stage, units, copy_corpus_shard, options, label="corpus", unit="chunks")
         counts = {key: sum(stage.counts(unit.shards[2])[key] for unit in units) for key in _COUNTS}
-        if counts["complete_chunks"] == 0:
+        if counts["chunks"] == 0:
             stage.discard()
-            raise UserError(f"{corpus.directory}: nothing is left that fills a chunk, so there is no database to write")
+            raise UserError(f"{corpus.directory}: nothing is left of it, so there is no database to write")
         with stage.shard(TOKENIZER_FILE) as (path, _):
             shutil.copyfile(base.directory / TOKENIZER_FILE, path)
         return stage.finish(counts)

@@ -98,7 +98,7 @@ class Database:
           directory: has corpus/ and index/ in it.
           embedder: to embed live queries; must be the one the database was made with.
           index_shards: numbers of the shards to load, through all parts; None: all.
-          verify: compare the checksums of what is loaded first.
+          verify: compare the checksums of the chunks and of the index shards first, which reads all of them.
 
         Raises:
           UserError: a part missing, unfinished or damaged; parts that do not belong together; no such shard.
@@ -106,7 +106,7 @@ class Database:
         directory = Path(directory)
         if not directory.is_dir():
             raise UserError(f"{directory}: no such directory; expected a database with corpus/ and index/ in it")
-        corpus = DatabaseCorpus(directory)
+        corpus = DatabaseCorpus(directory, verify=verify)
         folders = [directory, *(directory / ADDITIONS / name for name in corpus.segments.additions)]
         indexes: list[Index] = []
         first = 0

@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from retro_jax.data.arrays import ArrayWriter
+from retro_jax.data.arrays import ArrayWriter, files_of
 from retro_jax.data.stage import (
     Manifest,
     ShardWriter,
@@ -261,7 +261,8 @@ def embed_corpus(corpus: Any, embedder: Embedder, directory: str | os.PathLike) 
       directory: to write, on a file system that all processes see.
 
     Raises:
-      UserError: the directory belongs to something else; the embedder gives vectors that are not finite.
+      UserError: the directory belongs to something else; a shard of the corpus is damaged; the embedder gives vectors
+        that are not finite.
     """
     offsets = np.asarray(corpus.shard_offsets).tolist()
     count = len(offsets) - 1
@@ -297,6 +298,7 @@ def _embed_shards(corpus: Any, embedder: Embedder, writer: ShardWriter, shards: 
     initial = total - sum(stop - start for _, start, stop in left)
     with Progress("embedding", total=total, unit="chunks", initial=initial) as progress:
         for name, start, stop in left:
+            corpus.verify(range(start, stop))
             with writer.shard(name) as (path, counts):
                 counts.update(_embed_shard(corpus, embedder, path, start, stop, progress))
 
@@ -344,7 +346,7 @@ class EmbeddingSet:
         self.directory = Path(directory)
         self.manifest = load_manifest(directory, "embeddings")
         if verify:
-            verify_checksums(directory, self.manifest)
+            verify_checksums(directory, self.manifest.shards)
         self.dimension: int = self.manifest.settings["dimension"]
         self.embedder_fingerprint: str = self.manifest.settings["embedder_fingerprint"]
         self.corpus_fingerprint: str = self.manifest.inputs["corpus"]
@@ -357,6 +359,14 @@ class EmbeddingSet:
 
     def __len__(self) -> int:
         return int(self.shard_offsets[-1])
+
+    def verify(self, chunks: range) -> None:
+        """Compares the checksums of the shards with the vectors of these chunks.
+
+        Raises:
+          UserError: naming the first shard that differs.
+        """
+        verify_checksums(self.directory, self.manifest.shards[files_of(self.shard_offsets, chunks)])
 
     def __getitem__(self, rows: slice) -> np.ndarray:
         """Vectors of consecutive chunks, [n, E] float32."""

@@ -105,7 +105,7 @@ class Index:
         ]
         require_shards(directory, mine)
         if verify:
-            verify_checksums(directory, dataclasses.replace(manifest, shards=tuple(mine)))
+            verify_checksums(directory, mine)
         return cls(
             directory,
             manifest,

@@ -9,15 +9,15 @@ no step needs more than one shard.
 import dataclasses
 import json
 import os
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from retro_jax.data.arrays import ArrayWriter
+from retro_jax.data.arrays import ArrayWriter, save_array
 from retro_jax.data.distribute import BeamOptions, Unit, distribute
-from retro_jax.data.stage import Manifest, ShardWriter, Stage, shard_name
+from retro_jax.data.stage import TEMPORARY, Manifest, ShardWriter, Stage, shard_name
 from retro_jax.errors import UserError
 from retro_jax.retrieval.embedder import EmbeddingSet
 from retro_jax.retrieval.index import (
@@ -54,6 +54,7 @@ def build_index(
     recall_queries: int = RECALL_QUERIES,
     seed: int = 0,
     options: BeamOptions | None = None,
+    last_check: Callable[[], None] = lambda: None,
 ) -> Manifest:
     """Builds the index of a database; goes on after the last finished shard.
 
@@ -69,10 +70,12 @@ def build_index(
       recall_queries: size of the sample that recall is measured on.
       seed: of the samples.
       options: where the shards are built.
+      last_check: is called before the manifest is written; what it raises keeps the index unfinished.
 
     Raises:
-      UserError: too little recall (finished shards stay); a vector that is not finite, no vector at all, settings that
-        do not fit, ScaNN not installed, or the directory belongs to something else.
+      UserError: too little recall (finished shards stay); a vector that is not finite, no vector at all, a damaged
+        shard of the embeddings, settings that do not fit, ScaNN not installed, or the directory belongs to something
+        else.
     """
     settings = settings or IndexSettings()
     vectors = embeddings.manifest.counts["chunks"] - embeddings.manifest.counts["empty"]
@@ -84,6 +87,8 @@ def build_index(
     count = num_shards or shards_for(vectors, embeddings.dimension)
     if cells and cells < count:
         raise UserError(f"{cells} cells cannot make {count} shards; give at least as many")
+    if cells_to_visit is not None and not 1 <= cells_to_visit <= cells:
+        raise UserError(f"cells_to_visit must be between 1 and the number of cells, {cells}; is {cells_to_visit}")
     if count > vectors:
         raise UserError(f"{count} shards are too many for {vectors} vectors")
     settings.resolve(vectors // count, embeddings.dimension, unit=unit)  # refuses what no shard could be built with
@@ -107,8 +112,8 @@ def build_index(
         options = options or BeamOptions()
         if not stage.has(PROBES):
             probes = draw_probes(embeddings, min(recall_queries, vectors), seed)
-            with stage.shard(PROBES) as (path, _), open(path, "wb") as file:
-                np.save(file, probes, allow_pickle=False)
+            with stage.shard(PROBES) as (path, _):
+                save_array(path, probes)
         if cells:
             _cluster(stage, embeddings, cells, count, seed, options)
         bounds = np.linspace(0, len(embeddings), count + 1).astype(np.int64).tolist()
@@ -124,6 +129,7 @@ def build_index(
                 (f"{shard_folder(number, count)}/{SHARD}",),
                 {**common, "number": number, "range": None if cells else bounds[number : number + 2]},
                 len(embeddings) // count,
+                shard_folder(number, count),
             )
             for number in range(count)
         ]
@@ -132,42 +138,43 @@ def build_index(
         counts |= _recall(stage.directory, counts["shard_vectors"], cells, cells_to_visit, min_recall)
         if counts["recall_at_2"] < min_recall:
             raise UserError(_advice(stage.directory, counts, settings, min_recall))
+        last_check()
         return stage.finish(counts | {"min_recall": min_recall})
 
 
 def build_shard(writer: ShardWriter, arguments: dict[str, Any]) -> None:
-    """Builds one shard of the index and writes its files; `shard.json` is the last.
+    """Builds one shard of the index and writes its folder at once: two builds of a tree differ, and must not be mixed.
 
     Args:
       writer: of the stage.
       arguments: "embeddings" directory, "number" of this shard and how many "shards", "settings" as asked for, "unit"
         whether the vectors have length 1, "min_recall", and "range" of chunk ids or None for the cells of the shard.
     """
-    folder = shard_folder(arguments["number"], arguments["shards"])
     embeddings = EmbeddingSet(arguments["embeddings"])
+    if arguments["range"]:  # else those who assigned the cells have looked
+        embeddings.verify(range(*arguments["range"]))
     ids, vectors = _vectors_of_shard(writer.directory, embeddings, arguments)
     probes = np.load(writer.directory / PROBES, mmap_mode="r", allow_pickle=False)
     answers = exact_answers(probes, vectors, ids)
     settings = IndexSettings("brute_force").resolve(1, embeddings.dimension, unit=arguments["unit"])
-    if len(ids):
-        asked = IndexSettings(**arguments["settings"])
-        searcher = ScannShard.build(vectors, asked.resolve(len(ids), embeddings.dimension, unit=arguments["unit"]))
-        measure(searcher, probes, vectors, ids, answers, asked, arguments["min_recall"])
-        settings = searcher.settings
-        scratch = writer.directory / f"{folder}-unfinished"
-        try:
+    with writer.folder(shard_folder(arguments["number"], arguments["shards"])) as folder:
+        if len(ids):
+            asked = IndexSettings(**arguments["settings"])
+            searcher = ScannShard.build(vectors, asked.resolve(len(ids), embeddings.dimension, unit=arguments["unit"]))
+            measure(searcher, probes, vectors, ids, answers, asked, arguments["min_recall"])
+            settings = searcher.settings
+            scratch = folder.directory / f"{TEMPORARY}{SCANN}"
             for file in searcher.save(scratch):
-                with writer.shard(f"{folder}/{SCANN}/{file.name}") as (path, _):
+                with folder.shard(f"{SCANN}/{file.name}") as (path, _):
                     os.replace(file, path)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-    for name, array in ((IDS, ids), (PROBES, answers)):
-        with writer.shard(f"{folder}/{name}") as (path, _), open(path, "wb") as file:
-            np.save(file, array, allow_pickle=False)
-    description = {"settings": dataclasses.asdict(settings), "counts": {"vectors": len(ids), "kind": settings.kind}}
-    with writer.shard(f"{folder}/{SHARD}") as (path, counts):
-        path.write_text(json.dumps(description, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        counts.update(description["counts"])
+            scratch.rmdir()
+        for name, array in ((IDS, ids), (PROBES, answers)):
+            with folder.shard(name) as (path, _):
+                save_array(path, array)
+        description = {"settings": dataclasses.asdict(settings), "counts": {"vectors": len(ids), "kind": settings.kind}}
+        with folder.shard(SHARD) as (path, counts):
+            path.write_text(json.dumps(description, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            counts.update(description["counts"])
 
 
 def assign_cells(writer: ShardWriter, arguments: dict[str, Any]) -> None:
@@ -178,6 +185,7 @@ def assign_cells(writer: ShardWriter, arguments: dict[str, Any]) -> None:
       arguments: "embeddings" directory, "first" and "stop" of the chunk ids, "name" of the file.
     """
     embeddings = EmbeddingSet(arguments["embeddings"])
+    embeddings.verify(range(arguments["first"], arguments["stop"]))
     centroids = np.load(writer.directory / CENTROIDS, allow_pickle=False)
     sizes = np.zeros(len(centroids), np.int64)
     with (
@@ -200,8 +208,8 @@ def _cluster(stage: Stage, embeddings: EmbeddingSet, cells: int, shards: int, se
     """Learns the cells, assigns every chunk to one, and groups the cells into shards."""
     if not stage.has(CENTROIDS):
         sample = draw_probes(embeddings, _SAMPLE_PER_CELL * cells, seed + 1)["vector"]
-        with stage.shard(CENTROIDS) as (path, _), open(path, "wb") as file:
-            np.save(file, fit_cells(sample, cells, seed), allow_pickle=False)
+        with stage.shard(CENTROIDS) as (path, _):
+            save_array(path, fit_cells(sample, cells, seed))
     offsets = np.asarray(embeddings.shard_offsets).tolist()
     names = [_cells_name(i, len(offsets) - 1) for i in range(len(offsets) - 1)]
     units = [
@@ -216,8 +224,8 @@ def _cluster(stage: Stage, embeddings: EmbeddingSet, cells: int, shards: int, se
     if not stage.has(SHARD_OF_CELL):
         weights = np.sum([stage.counts(name)["cells"] for name in names], axis=0)
         centroids = np.load(stage.directory / CENTROIDS, allow_pickle=False)
-        with stage.shard(SHARD_OF_CELL) as (path, _), open(path, "wb") as file:
-            np.save(file, group_cells(centroids, weights, shards), allow_pickle=False)
+        with stage.shard(SHARD_OF_CELL) as (path, _):
+            save_array(path, group_cells(centroids, weights, shards))
 
 
 def _vectors_of_shard(
@@ -227,11 +235,13 @@ def _vectors_of_shard(
     if arguments["range"]:
         chosen = np.arange(*arguments["range"])
     else:
-        shards = len(embeddings.shard_offsets) - 1
-        files = [directory / _cells_name(i, shards) for i in range(shards)]
-        cells = np.concatenate([np.load(file, mmap_mode="r", allow_pickle=False) for file in files])
-        of_cell = np.load(directory / SHARD_OF_CELL, allow_pickle=False)
-        chosen = np.flatnonzero((cells >= 0) & (of_cell[cells] == arguments["number"]))
+        mine = np.load(directory / SHARD_OF_CELL, allow_pickle=False) == arguments["number"]
+        offsets = np.asarray(embeddings.shard_offsets).tolist()
+        parts = []
+        for i, first in enumerate(offsets[:-1]):  # the cells of the whole database would not fit
+            cells = np.load(directory / _cells_name(i, len(offsets) - 1), allow_pickle=False)
+            parts.append(first + np.flatnonzero((cells >= 0) & mine[cells]))
+        chosen = np.concatenate(parts)
     ids = np.empty(len(chosen), np.int64)
     vectors = np.empty((len(chosen), embeddings.dimension), np.float32)
     filled = 0

@@ -37,6 +37,14 @@ _MIN_TREE_VECTORS = 64  # fewer cannot train 16 codes a block and leaves
 _LEAVES = 1.4
 _LEAF_ETA = 4.0
 _MOST_CODES = 256  # of a vector, for ScaNN's quick path
+_NUMBER = float | None
+_IN_WORDS = {
+    str: "a text",
+    str | None: "a text or null",
+    int: "a whole number",
+    int | None: "a whole number or null",
+    _NUMBER: "a number or null",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,11 +85,16 @@ class IndexSettings:
         """
         try:
             value = json.loads(Path(path).read_text(encoding="utf-8"))
-            return cls(**value.get("settings", value))
+            settings = cls(**value.get("settings", value))
         except FileNotFoundError:
             raise UserError(f"{path}: no such file; write one with tools/tune_index.py") from None
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: no settings of an index ({str(error).replace('__init__() ', '')})") from None
+        for field in dataclasses.fields(cls):
+            value, kind = getattr(settings, field.name), field.type
+            if isinstance(value, bool) or not isinstance(value, kind | int if kind == _NUMBER else kind):
+                raise UserError(f"{path}: {field.name} is {json.dumps(value)}, expected {_IN_WORDS[kind]}")
+        return settings
 
     def resolve(self, n: int, dimension: int, *, unit: bool) -> "IndexSettings":
         """The settings with every choice made, but for `leaves_to_search`, which may be left to measurement.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from retro_jax.data.arrays import ArrayWriter
+from retro_jax.data.arrays import ArrayWriter, files_of
 from retro_jax.data.distribute import BeamOptions, Unit, distribute
 from retro_jax.data.stage import Manifest, ShardWriter, Stage, load_manifest, shard_name, verify_checksums
 from retro_jax.errors import UserError
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 FILTERS = ("document", "none")
 # A tree's candidates depend on which queries are asked together: the same blocks, the same neighbours.
 _QUERIES_AT_ONCE = 1024
+DISTINCT_AMONG = 1000  # nearest chunks; as many as the service gives a query (`service/wire.py: Limits`)
+_COMPARED_AT_ONCE = 65_536  # chunks whose tokens are in memory
 
 
 def neighbour_dtype(k: int) -> np.dtype:
@@ -87,7 +89,7 @@ def find_neighbours(
       directory: to write.
       k: neighbours kept of each chunk.
       filter: "document" drops hits whose document key is the chunk's; "none" keeps all (evaluation, spec section 2.4).
-      deduplicate: keep only the nearest of neighbours whose chunks have the same tokens.
+      deduplicate: keep only the nearest of neighbours whose chunks have the same tokens, as `search_distinct` does.
       embeddings: of the query corpus; None takes the database's, when the corpus is the database's.
       service: is searched instead of the database's index in this process.
       bm25: the neighbours are those that score best by BM25 with these settings; no vectors are needed.
@@ -173,13 +175,18 @@ def search_shard(writer: ShardWriter, arguments: dict[str, Any]) -> None:
         "fingerprint" that must answer.
 
     Raises:
-      UserError: the database has changed since the stage began.
+      UserError: the database has changed since the stage began; a shard of the queries is damaged.
     """
     from retro_jax.data.corpus import Corpus
     from retro_jax.retrieval.embedder import EmbeddingSet
 
-    corpus = Corpus(arguments["corpus"])
-    queries_of = corpus.tokens if arguments["bm25"] else EmbeddingSet(arguments["embeddings"]).vectors
+    corpus, part = Corpus(arguments["corpus"]), range(arguments["first"], arguments["stop"])
+    corpus.verify(part)
+    queries_of = corpus.tokens
+    if not arguments["bm25"]:
+        embeddings = EmbeddingSet(arguments["embeddings"])
+        embeddings.verify(part)
+        queries_of = embeddings.vectors
     searcher = _searcher(json.dumps({name: arguments[name] for name in ("database", "service", "bm25")}))
     if searcher.fingerprint != arguments["fingerprint"]:
         raise UserError(
@@ -219,16 +226,17 @@ def search_distinct(
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """The k nearest chunks [n, K] with different tokens: the nearest of equals; and how many nearer ones were dropped.
 
-    Rows with fewer than k of them fetch twice as many, until there are no more.
+    Rows with fewer than k of them fetch twice as many, until there are no more or `DISTINCT_AMONG` were looked at (k,
+    where that is more). What is not among those is not found, here and through a service alike.
     """
     ids = np.full((len(queries), k), -1, np.int64)
     distances = np.full((len(queries), k), np.inf, np.float32)
-    pending, fetch, dropped = np.arange(len(queries)), 2 * k, 0
+    most = max(k, DISTINCT_AMONG)
+    pending, fetch, dropped = np.arange(len(queries)), min(2 * k, most), 0
     while len(pending):
         hits, squares = searcher.search(queries[pending], fetch, None if keys is None else keys[pending])
-        tokens = searcher.neighbour_tokens(hits)[..., :chunk_length]
-        keep = (hits >= 0) & ~_repeated(tokens)
-        settled = (keep.sum(1) >= k) | (hits[:, -1] < 0)
+        keep = (hits >= 0) & ~_repeated(searcher, hits, chunk_length)
+        settled = (keep.sum(1) >= k) | (hits[:, -1] < 0) | (fetch == most)
         rows, order = pending[settled], np.argsort(~keep[settled], axis=1, kind="stable")[:, :k]
         kept = np.take_along_axis(keep[settled], order, 1)
         ids[rows] = np.where(kept, np.take_along_axis(hits[settled], order, 1), -1)
@@ -236,19 +244,22 @@ def search_distinct(
         before = np.cumsum(keep[settled], axis=1) < k
         dropped += int((~keep[settled] & (hits[settled] >= 0) & before).sum())
         pending = pending[~settled]
-        fetch *= 2
+        fetch = min(2 * fetch, most)
     return ids, distances, dropped
 
 
-def _repeated(tokens: np.ndarray) -> np.ndarray:
-    """bool [n, K]: whether a nearer place of the row has the same tokens, of [n, K, M]."""
-    wide = np.ascontiguousarray(tokens, "<i4")
-    keys = wide.view(np.dtype((np.void, wide.shape[-1] * 4)))[..., 0]
-    numbers = np.unique(keys, return_inverse=True)[1].reshape(keys.shape)
-    order = np.argsort(numbers, axis=1, kind="stable")
-    ordered = np.take_along_axis(numbers, order, 1)
-    again = np.zeros(keys.shape, bool)
-    np.put_along_axis(again, order[:, 1:], ordered[:, 1:] == ordered[:, :-1], axis=1)
+def _repeated(searcher: Searcher, hits: np.ndarray, chunk_length: int) -> np.ndarray:
+    """bool [n, K]: whether a nearer place of the row has a chunk of the same tokens."""
+    again = np.zeros(hits.shape, bool)
+    rows = max(1, _COMPARED_AT_ONCE // hits.shape[1])
+    for first in range(0, len(hits), rows):
+        part = slice(first, first + rows)
+        tokens = np.ascontiguousarray(searcher.neighbour_tokens(hits[part])[..., :chunk_length], "<i4")
+        keys = tokens.view(np.dtype((np.void, chunk_length * 4)))[..., 0]
+        numbers = np.unique(keys, return_inverse=True)[1].reshape(keys.shape)
+        order = np.argsort(numbers, axis=1, kind="stable")
+        ordered = np.take_along_axis(numbers, order, 1)
+        np.put_along_axis(again[part], order[:, 1:], ordered[:, 1:] == ordered[:, :-1], axis=1)
     return again
 
 
@@ -307,7 +318,7 @@ class NeighbourTable:
         self.directory = Path(directory)
         self.manifest = load_manifest(directory, "neighbours")
         if verify:
-            verify_checksums(directory, self.manifest)
+            verify_checksums(directory, self.manifest.shards)
         self.k: int = self.manifest.settings["k"]
         self.filter: str = self.manifest.settings["filter"]
         self.corpus_fingerprint: str = self.manifest.inputs["corpus"]
@@ -322,6 +333,15 @@ class NeighbourTable:
 
     def __len__(self) -> int:
         return int(self._offsets[-1])
+
+    def verify(self, chunks: range | None = None) -> None:
+        """Compares the checksums of the shards with the neighbours of these chunks; None: of all.
+
+        Raises:
+          UserError: naming the first shard that differs.
+        """
+        chosen = slice(None) if chunks is None else files_of(self._offsets, chunks)
+        verify_checksums(self.directory, self.manifest.shards[chosen])
 
     def ids(self, chunks: np.ndarray) -> np.ndarray:
         """Database chunk ids int64 [..., K] of chunks [...], nearest first, -1 for none; chunk -1 has none."""

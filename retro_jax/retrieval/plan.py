@@ -98,6 +98,12 @@ def plan_database(
     for name, value in (("tokens", tokens), ("dimension", dimension), ("k", k), ("chunk_length", chunk_length)):
         if value < 1:
             raise UserError(f"{name} must be at least 1, is {value}")
+    for name, value in (("visited_share", visited_share), ("leaves_share", leaves_share)):
+        if not 0 < value <= 1:
+            raise UserError(f"{name} must be above 0 and at most 1, is {value:g}")
+    for name, value in (("host_memory", host_memory), ("core_rate", core_bytes_per_second)):
+        if not 0 < value < math.inf:
+            raise UserError(f"{name} must be a number above 0, is {value:g}")
     n = math.ceil(tokens / chunk_length)
     shards = num_shards or shards_for(n, dimension, build_memory)
     each = math.ceil(n / shards)

@@ -42,8 +42,8 @@ def rerank_neighbours(
       depth: how many candidates of each chunk are looked at, the first ones; None: all.
 
     Raises:
-      UserError: candidates of another corpus or database, fewer than k of them, or the directory belongs to something
-        else.
+      UserError: candidates of another corpus or database, fewer than k of them, a damaged shard, or the directory
+        belongs to something else.
     """
     depth = candidates.k if depth is None else depth
     if not 1 <= k <= depth <= candidates.k:
@@ -73,6 +73,8 @@ def rerank_neighbours(
         with Progress("re-ranking", total=corpus.num_chunks, unit="chunks") as progress:
             for name, first, stop in zip(names, offsets[:-1], offsets[1:], strict=True):
                 if not stage.has(name):
+                    corpus.verify(range(first, stop))
+                    candidates.verify(range(first, stop))
                     with stage.shard(name) as (path, counts), ArrayWriter(path, neighbour_dtype(k)) as file:
                         counts["survivors"] = _rerank(
                             corpus, candidates, bm25, k, depth, range(first, stop), file

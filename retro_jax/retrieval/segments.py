@@ -20,7 +20,9 @@ from typing import Any
 
 import numpy as np
 
+from retro_jax.data.arrays import save_array
 from retro_jax.data.corpus import Corpus, DocumentRecord
+from retro_jax.data.ranges import in_ranges, merge_ranges
 from retro_jax.data.stage import atomic_write, file_sha256, fingerprint, write_json
 from retro_jax.data.tokenizer import Tokenizer
 from retro_jax.errors import UserError
@@ -90,8 +92,8 @@ class Segments:
         name = sha256 = None
         if len(removed):
             name = f"removed-{version:05d}.npy"
-            with atomic_write(directory / name) as path, open(path, "wb") as file:
-                np.save(file, removed, allow_pickle=False)
+            with atomic_write(directory / name) as path:
+                save_array(path, removed)
             sha256 = file_sha256(directory / name)
         value = {
             "format_version": _FORMAT,
@@ -121,26 +123,6 @@ def signature(directory: str | os.PathLike) -> tuple[Any, ...]:
     return tuple(marks)
 
 
-def merge_ranges(ranges: np.ndarray) -> np.ndarray:
-    """Ranges [r, 2] (first, stop) of the same numbers, in order, none empty, none touching the next."""
-    ranges = np.asarray(ranges, np.int64).reshape(-1, 2)
-    ranges = ranges[ranges[:, 0] < ranges[:, 1]]
-    ranges = ranges[np.argsort(ranges[:, 0], kind="stable")]
-    if not len(ranges):
-        return ranges
-    reach = np.maximum.accumulate(ranges[:, 1])
-    starts = np.flatnonzero(np.concatenate([[True], ranges[1:, 0] > reach[:-1]]))
-    return np.stack([ranges[starts, 0], reach[np.append(starts[1:] - 1, len(ranges) - 1)]], axis=1)
-
-
-def in_ranges(numbers: np.ndarray, ranges: np.ndarray) -> np.ndarray:
-    """Whether numbers [...] lie in ranges [r, 2] as `merge_ranges` gives them, bool [...]."""
-    at = np.searchsorted(ranges[:, 0], numbers, side="right") - 1
-    if not len(ranges):
-        return np.zeros(np.shape(numbers), bool)
-    return (at >= 0) & (numbers < ranges[np.maximum(at, 0), 1])
-
-
 class DatabaseCorpus:
     """The chunks of a database: those of its base and its additions, by one range of ids. Needs no search library.
 
@@ -157,8 +139,12 @@ class DatabaseCorpus:
       fingerprint: of the base's corpus when there are no additions.
     """
 
-    def __init__(self, directory: str | os.PathLike) -> None:
+    def __init__(self, directory: str | os.PathLike, *, verify: bool = False) -> None:
         """Opens the corpora.
+
+        Args:
+          directory: of the database.
+          verify: read everything once and compare with the manifests' checksums.
 
         Raises:
           UserError: one is missing or damaged, or does not belong to the others.
@@ -166,7 +152,7 @@ class DatabaseCorpus:
         self.directory = Path(directory)
         self.segments = Segments.load(directory)
         folders = [self.directory, *(self.directory / ADDITIONS / name for name in self.segments.additions)]
-        self.parts = [Corpus(folder / "corpus") for folder in folders]
+        self.parts = [Corpus(folder / "corpus", verify=verify) for folder in folders]
         base = self.parts[0]
         for part in self.parts[1:]:
             for name in ("tokenizer_fingerprint", "chunk_length"):
@@ -187,9 +173,25 @@ class DatabaseCorpus:
         """The tokenizer all parts were made with."""
         return self.parts[0].tokenizer
 
+    def verify(self) -> None:
+        """Compares the checksums of all corpora.
+
+        Raises:
+          UserError: naming the first file that differs.
+        """
+        for part in self.parts:
+            part.verify()
+
     def removed(self, ids: np.ndarray | int) -> np.ndarray:
         """bool [...]: whether chunks are of a removed document."""
         return in_ranges(np.asarray(ids, np.int64), self.segments.removed)
+
+    def removed_documents(self, corpus: Corpus) -> int:
+        """How many documents of a corpus that is a part of the database were removed; 0 for any other."""
+        for part, offset in zip(self.parts, self.offsets[:-1].tolist(), strict=True):
+            if part.fingerprint == corpus.fingerprint:
+                return sum(int(self.removed(firsts + offset).sum()) for firsts, _ in part.document_ranges())
+        return 0
 
     def tokens(self, ids: np.ndarray | int) -> np.ndarray:
         """int32 [..., M]: as `Corpus.tokens`."""

@@ -4,8 +4,10 @@ A change takes effect when `segments.json` is replaced, at the end; until then, 
 the database as it was. One change at a time: the directory is locked meanwhile.
 """
 
+import dataclasses
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +16,8 @@ import numpy as np
 
 from retro_jax.data.corpus import Corpus, build_corpus
 from retro_jax.data.distribute import BeamOptions
-from retro_jax.data.stage import fingerprint
+from retro_jax.data.ranges import in_ranges
+from retro_jax.data.stage import fingerprint, verify_checksums
 from retro_jax.errors import UserError
 from retro_jax.lock import DirectoryLock
 from retro_jax.retrieval.database import require_embedder
@@ -22,7 +25,7 @@ from retro_jax.retrieval.embedder import EmbeddingSet, embed_corpus
 from retro_jax.retrieval.index import Index
 from retro_jax.retrieval.index_build import MIN_RECALL, build_index
 from retro_jax.retrieval.index_settings import IndexSettings
-from retro_jax.retrieval.segments import ADDITIONS, DatabaseCorpus, Segments, in_ranges
+from retro_jax.retrieval.segments import ADDITIONS, DatabaseCorpus, Segments
 
 if TYPE_CHECKING:
     from retro_jax.retrieval.embedder import Embedder
@@ -44,7 +47,7 @@ def add_documents(
 
     Args:
       directory: of the database.
-      inputs: files as `build_corpus` takes them.
+      inputs: files as `build_corpus` takes them; the documents may be shorter than a chunk.
       embedder: the one the database was made with.
       settings, min_recall: of the index of the new chunks.
       skip_bad: count and leave out what cannot be read.
@@ -54,7 +57,8 @@ def add_documents(
       The database's chunks with the new ones.
 
     Raises:
-      UserError: an id that the database already has, another embedder, or see `build_corpus`.
+      UserError: an id that the database already has (nothing is left of the addition then), another embedder, or see
+        `build_corpus`.
     """
     directory = Path(directory)
     before = DatabaseCorpus(directory)
@@ -72,6 +76,7 @@ def add_documents(
             folder / "corpus",
             chunk_length=base.chunk_length,
             skip_bad=skip_bad,
+            short=True,
             options=options,
         )
         added = Corpus(folder / "corpus")
@@ -127,8 +132,13 @@ def remove_documents(
 
 
 def default_settings(directory: str | os.PathLike) -> IndexSettings:
-    """How the index of a database's base was asked for, for those of its additions."""
-    return IndexSettings(**Index.load(Path(directory) / "index", shards=(), verify=False).manifest.settings["index"])
+    """How the index of a database's base was asked for, without what was meant for the number of its vectors.
+
+    An addition has fewer, and so may a compacted database have: too few for a tree of so many leaves, or for any tree.
+    """
+    asked = IndexSettings(**Index.load(Path(directory) / "index", shards=(), verify=False).manifest.settings["index"])
+    kind = "auto" if asked.kind == "tree" else asked.kind
+    return dataclasses.replace(asked, kind=kind, num_leaves=None, leaves_to_search=None)
 
 
 def _documents(corpus: DatabaseCorpus) -> Iterator[tuple[str, str, int, int]]:
@@ -145,18 +155,21 @@ def _document_lines(corpus: Corpus) -> Iterator[bytes]:
     """The line of JSON that a corpus keeps of every document, in order."""
     for shard in corpus.manifest.shards:
         if shard.name.endswith(".jsonl"):
+            verify_checksums(corpus.directory, [shard])
             with open(corpus.directory / shard.name, "rb") as file:
                 yield from file
 
 
 def _refuse_known_ids(known: DatabaseCorpus, added: Corpus, folder: Path) -> None:
-    """Refuses an addition with a document that is already there and not removed."""
+    """Refuses an addition with a document that is already there and not removed, and takes the addition back."""
     new = {json.loads(line)["id"] for line in _document_lines(added)}
     for name, _, first, _ in _documents(known):
         if name in new and not known.removed(first):
+            shutil.rmtree(folder)
             raise UserError(
-                f"the database already has a document {name!r}; remove it first, or leave it out of the input and "
-                f"delete {folder}"
+                f"the database already has a document {name!r}; remove it first where this one replaces it, and leave "
+                "it out where it is the same; another one needs another id (without an id, a document is known by its "
+                "file and line: name the file otherwise)"
             )
 
 

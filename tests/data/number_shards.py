@@ -17,6 +17,9 @@ def write_numbers(writer: ShardWriter, arguments: dict[str, Any]) -> None:
     with writer.shard(arguments["names"][0]) as (path, counts):
         path.write_text(f"{index}\n" * 100)
         counts["rows"] = 100
+    writer.advance(50)
+    if trouble == "twice":  # as when a worker that seemed lost goes on
+        write_numbers(ShardWriter(writer.directory), {**arguments, "trouble": None})
     if trouble == "user":
         raise UserError(f"unit {index} has bad input")
     if trouble == "disk":

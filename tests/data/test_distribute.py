@@ -8,11 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
-from number_shards import build_numbers
+from number_shards import build_numbers, write_numbers
 
+from retro_jax.data import distribute as distribute_module
 from retro_jax.data.distribute import BeamOptions
-from retro_jax.data.stage import ShardWriter
+from retro_jax.data.stage import ShardWriter, Stage, shard_name
 from retro_jax.errors import UserError
+from retro_jax.progress import Progress
 
 HERE = BeamOptions()
 TWO = BeamOptions(workers=2)
@@ -43,14 +45,32 @@ def test_several_processes_share_the_units(tmp_path):
     assert len(processes) == 6 and len(set(processes)) == 2 and str(os.getpid()) not in processes
 
 
-def test_progress_counts_parts_of_units_and_what_was_there_before(tmp_path, capsys):
-    with pytest.raises(UserError):
-        build_numbers(tmp_path / "out", 4, trouble={3: "user"})
-    finished = len(list((tmp_path / "out").glob("squares-*.txt")))
-    capsys.readouterr()
-    build_numbers(tmp_path / "out", 4, TWO)
+@pytest.mark.parametrize(("options", "parts"), [(HERE, [50, 150] * 2), (TWO, [200] * 2)], ids=["here", "two processes"])
+def test_progress_counts_parts_of_units_and_what_was_there_before(tmp_path, capsys, monkeypatch, options, parts):
+    begun, told = [], []
+
+    class Recorded(Progress):
+        def __init__(self, description, *, total, unit, initial=0):
+            begun.append((initial, total))
+            super().__init__(description, total=total, unit=unit, initial=initial)
+
+        def update(self, count):
+            told.append(count)
+            super().update(count)
+
+    with Stage(tmp_path / "out", "numbers", settings={"count": 4}, inputs={}):
+        for i in range(2):
+            names = [shard_name(stem, i, 4, ".txt") for stem in ("numbers", "squares")]
+            write_numbers(ShardWriter(tmp_path / "out"), {"index": i, "names": names})
+    monkeypatch.setattr(distribute_module, "Progress", Recorded)
+    build_numbers(tmp_path / "out", 4, options)
+    assert begun == [(400, 800)] and told == parts
     assert "numbers: 800/800 rows" in capsys.readouterr().err
-    assert 0 <= finished < 4
+
+
+def test_a_unit_that_is_done_twice_at_a_time_is_done(tmp_path, whole):
+    build_numbers(tmp_path / "out", 5, trouble={1: "twice", 3: "twice"})
+    assert tree(tmp_path / "out") == whole
 
 
 @pytest.mark.parametrize("options", [HERE, TWO], ids=["here", "two processes"])
@@ -119,7 +139,10 @@ def test_unit_with_one_of_its_shards_is_done_again_from_its_beginning(tmp_path, 
     [
         ({"workers": 0}, "at least 1"),
         ({"workers": 2, "runner": "FlinkRunner"}, "among Beam's own options"),
-        ({"runner": "DirectRunner"}, "use --runner=local"),
+        *(
+            ({"runner": name}, "use --runner=local")
+            for name in ("DirectRunner", "direct", "directrunner", "Prism", "apache_beam.runners.direct.DirectRunner")
+        ),
     ],
 )
 def test_options_that_cannot_be_are_refused(values, message):

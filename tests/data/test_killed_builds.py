@@ -72,10 +72,15 @@ def start(root, output, workers):
     )
 
 
+def count(directory):
+    """Files and folders, while others come and go."""
+    return sum(len(folders) + len(names) for _, folders, names in os.walk(directory))
+
+
 def kill_within(process, output, rng, seconds):
     """Kills one of the program's processes at a random time after it has begun to write."""
-    before = len(list(output.rglob("*"))) if output.exists() else 0
-    while process.poll() is None and (len(list(output.rglob("*"))) if output.exists() else 0) <= before:
+    before = count(output)
+    while process.poll() is None and count(output) <= before:
         time.sleep(0.002)
     time.sleep(rng.uniform(0, seconds))
     if process.poll() is not None:

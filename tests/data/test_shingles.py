@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from retro_jax.data import shingles as shingles_module
 from retro_jax.data.shingles import BANDS, ROWS, band_keys, jaccard, shingles
-from retro_jax.data.words import words
+from retro_jax.data.words import pieces, words
 
 TEXTS = st.lists(st.sampled_from(["a", "B", "ab", "Über", "c\n", "漢字", "ไทย", "\u3000"]), max_size=30).map(" ".join)
 
@@ -38,6 +38,17 @@ def test_hashed_shingles_are_as_alike_as_the_sets_of_words(one, other, n, piece)
 def test_words_are_lower_cased_and_characters_where_no_spaces_are_written():
     assert words("The  Quick\nfox: jumps!") == ["the", "quick", "fox:", "jumps!"]
     assert words("東京へ行く ok") == ["東", "京", "へ", "行", "く", "ok"]
+
+
+@given(text=st.text(alphabet="aB 漢字ไ\n", max_size=80), size=st.integers(1, 20))
+def test_pieces_are_the_text_and_cut_no_word(text, size):
+    parts = list(pieces(text, size))
+    assert "".join(parts) == text and [word for part in parts for word in words(part)] == words(text)
+    assert all(len(part) >= size for part in parts[:-1])
+
+
+def test_text_without_spaces_is_read_in_pieces():
+    assert [len(part) for part in pieces("漢字" * 1000, 300)] == [300] * 6 + [200]
 
 
 def test_hashes_are_the_same_on_every_machine():

@@ -1,10 +1,13 @@
 import errno
 import json
 
+import numpy as np
 import pytest
 
 from retro_jax.data import stage as stage_module
+from retro_jax.data.arrays import save_array
 from retro_jax.data.stage import (
+    ShardWriter,
     Stage,
     atomic_write,
     load_manifest,
@@ -57,7 +60,7 @@ def test_finished_stage_holds_shards_and_manifest_and_nothing_else(tmp_path):
     assert manifest.counts == {"rows": 6}
     assert [shard.name for shard in manifest.shards] == NAMES
     assert load_manifest(tmp_path / "out", "parts") == manifest
-    verify_checksums(tmp_path / "out", manifest)
+    verify_checksums(tmp_path / "out", manifest.shards)
 
 
 def test_interrupted_stage_goes_on_behind_its_last_finished_shard(tmp_path):
@@ -155,7 +158,7 @@ def test_flipped_byte_is_found_by_the_checksum_and_named(tmp_path):
     shard.write_bytes(content)
     load_manifest(tmp_path / "out", "parts")
     with pytest.raises(UserError, match=rf"{NAMES[2]}: checksum differs"):
-        verify_checksums(tmp_path / "out", manifest)
+        verify_checksums(tmp_path / "out", manifest.shards)
 
 
 def test_damaged_or_newer_manifest_is_refused(tmp_path):
@@ -196,3 +199,85 @@ def test_side_files_left_by_a_kill_behind_the_manifest_are_removed(tmp_path):
         (tmp_path / "stage" / name).write_text("{}")
     run_stage(tmp_path / "stage")
     assert files(tmp_path / "stage") == before
+
+
+def write_pair(writer, text, meanwhile=lambda: None):
+    """A folder of two files with the same text; `meanwhile` is called between them."""
+    with writer.folder("pair") as folder:
+        for name in ("one.txt", "two.txt"):
+            with folder.shard(name) as (path, counts):
+                path.write_text(text)
+                counts["text"] = text
+            meanwhile()
+            meanwhile = lambda: None  # noqa: E731
+
+
+def pair(directory):
+    return {path.name: path.read_text() for path in (directory / "pair").glob("*.txt")}
+
+
+def test_a_folder_is_of_one_writer_when_two_write_it_at_a_time(tmp_path):
+    with Stage(tmp_path, "parts", settings=SETTINGS, inputs={}) as stage:
+        write_pair(ShardWriter(tmp_path), "aa", meanwhile=lambda: write_pair(ShardWriter(tmp_path), "bb"))
+        assert pair(tmp_path) == {"one.txt": "bb", "two.txt": "bb"}
+        stage.reload()
+        assert [stage.counts(f"pair/{name}.txt")["text"] for name in ("one", "two")] == ["bb", "bb"]
+        manifest = stage.finish({})
+    assert [shard.name for shard in manifest.shards] == ["pair/one.txt", "pair/two.txt"]
+    verify_checksums(tmp_path, manifest.shards)
+    assert files(tmp_path) == ["manifest.json", "pair"] and files(tmp_path / "pair") == ["one.txt", "two.txt"]
+
+
+def test_a_folder_that_is_not_finished_is_not_there(tmp_path):
+    with Stage(tmp_path, "parts", settings=SETTINGS, inputs={}) as stage:
+        with stage.shard(NAMES[0]) as (path, _):
+            path.write_text("finished")
+
+        def look():
+            stage.reload()
+            assert not stage.has("pair/one.txt") and not (tmp_path / "pair").exists()
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            write_pair(ShardWriter(tmp_path), "aa", meanwhile=look)
+        (tmp_path / ".tmp-run").touch()
+        with pytest.raises(UserError, match="is over"):
+            write_pair(ShardWriter(tmp_path, run=".tmp-run"), "aa", meanwhile=(tmp_path / ".tmp-run").unlink)
+        assert files(tmp_path) == [".lock", NAMES[0], f"{NAMES[0]}.done.json", "plan.json"]
+        # What a process that was killed leaves behind.
+        (tmp_path / ".tmp-1-pair" / "deeper").mkdir(parents=True)
+        (tmp_path / ".tmp-1-pair" / "deeper" / ".tmp-2").touch()
+    with Stage(tmp_path, "parts", settings=SETTINGS, inputs={}) as stage:
+        assert stage.has(NAMES[0]) and ".tmp-1-pair" not in files(tmp_path)
+
+
+def test_a_folder_is_taken_back_whole(tmp_path):
+    with Stage(tmp_path, "parts", settings=SETTINGS, inputs={}) as stage:
+        write_pair(ShardWriter(tmp_path), "aa")
+        stage.reload()
+        (tmp_path / "pair" / "two.txt").unlink()
+        stage.drop_folder("pair")
+        assert not stage.has("pair/one.txt") and not (tmp_path / "pair").exists()
+        stage.drop_folder("pair")
+        write_pair(ShardWriter(tmp_path), "bb")
+        assert pair(tmp_path) == {"one.txt": "bb", "two.txt": "bb"}
+
+
+@pytest.mark.parametrize("rows", [np.ones((3, 2), "<i8"), np.ones(5, [("a", "<i8", (2,)), ("b", "<f4")]), np.zeros(0)])
+def test_arrays_are_written_as_numpy_does(tmp_path, rows):
+    save_array(tmp_path / "ours.npy", rows)
+    np.save(tmp_path / "numpy.npy", rows)
+    assert (tmp_path / "ours.npy").read_bytes() == (tmp_path / "numpy.npy").read_bytes()
+
+
+def test_a_full_disk_is_told_with_the_name_of_the_shard(tmp_path):
+    """/dev/full is a disk without space; NumPy's own message for it has neither number nor name."""
+    with Stage(tmp_path, "parts", settings=SETTINGS, inputs={}) as stage:
+        with pytest.raises(OSError) as raised, stage.shard("rows.npy") as (path, _):
+            path.symlink_to("/dev/full")
+            save_array(path, np.zeros(100_000))
+        assert (raised.value.errno, raised.value.filename) == (errno.ENOSPC, str(tmp_path / "rows.npy"))
+        with pytest.raises(OSError) as raised, stage.shard("text.txt") as (path, _):
+            path.symlink_to("/dev/full")
+            path.write_text("text")
+        assert (raised.value.errno, raised.value.filename) == (errno.ENOSPC, str(tmp_path / "text.txt"))

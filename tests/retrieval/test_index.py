@@ -239,11 +239,11 @@ def test_an_interrupted_build_is_made_again_whole(make_embeddings, tmp_path, mon
         Index.load(tmp_path / "index")
     # What a process killed while ScaNN writes leaves behind.
     (tmp_path / "index" / "shard-00000-of-00001" / "shard.json.done.json").unlink()
-    (tmp_path / "index" / "shard-00000-of-00001-unfinished").mkdir()
-    (tmp_path / "index" / "shard-00000-of-00001-unfinished" / "dataset.npy").write_bytes(b"half")
+    (tmp_path / "index" / ".tmp-1-shard-00000-of-00001" / ".tmp-scann").mkdir(parents=True)
+    (tmp_path / "index" / ".tmp-1-shard-00000-of-00001" / ".tmp-scann" / "dataset.npy").write_bytes(b"half")
     build_index(embeddings, tmp_path / "index", IndexSettings(kind="tree"))
     assert Index.load(tmp_path / "index").search(clustered(100)[:1], 1)[0].tolist() == [[0]]
-    assert not list((tmp_path / "index").glob("*unfinished"))
+    assert not list((tmp_path / "index").glob(".tmp*"))
 
 
 def test_the_fingerprint_is_of_this_build(make_embeddings, tmp_path):

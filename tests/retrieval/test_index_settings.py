@@ -68,5 +68,18 @@ def test_settings_are_read_from_a_file(tmp_path):
         path.write_text(text)
         with pytest.raises(UserError, match="no settings of an index"):
             IndexSettings.load(path)
+    for value, told in (
+        ({"num_leaves": "7"}, 'num_leaves is "7", expected a whole number or null'),
+        ({"num_leaves": 7.0}, "num_leaves is 7.0, expected a whole number or null"),
+        ({"num_leaves": True}, "num_leaves is true, expected"),
+        ({"training_sample": None}, "training_sample is null, expected a whole number"),
+        ({"spill": "1"}, 'spill is "1", expected a number or null'),
+        ({"kind": None}, "kind is null, expected a text"),
+    ):
+        path.write_text(json.dumps(value))
+        with pytest.raises(UserError, match=told):
+            IndexSettings.load(path)
+    path.write_text(json.dumps({"spill": 1, "leaf_eta": 0.5, "score": None}))
+    assert IndexSettings.load(path) == IndexSettings(spill=1.0, leaf_eta=0.5)
     with pytest.raises(UserError, match="no such file"):
         IndexSettings.load(tmp_path / "absent.json")

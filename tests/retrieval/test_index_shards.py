@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import tracemalloc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retro_jax.data.distribute import BeamOptions
+from retro_jax.data.stage import shard_name
 from retro_jax.errors import UserError
 from retro_jax.retrieval import index_build
 from retro_jax.retrieval.exact import exact_search
 from retro_jax.retrieval.index import Index, merge
 from retro_jax.retrieval.index_build import build_index
 from retro_jax.retrieval.index_settings import IndexSettings
+from retro_jax.retrieval.scann_shard import ScannShard
 
 SHARDS = 4
 
@@ -220,6 +224,60 @@ def test_a_build_goes_on_with_the_shards_that_lack(embeddings, ranges, tmp_path,
     np.testing.assert_array_equal(Index.load(directory).search(queries, 5)[0], Index.load(ranges).search(queries, 5)[0])
 
 
+def test_a_shard_that_two_workers_build_at_a_time_is_of_one_build(embeddings, vectors, tmp_path, monkeypatch):
+    """The second begins and ends while the first has written half of its files."""
+    build, save, builds = index_build.build_shard, ScannShard.save, []
+
+    def saved(self, folder):
+        files = save(self, folder)
+        builds.append(self.settings.num_leaves)
+        if len(builds) == 1:
+            asked = {**arguments, "settings": {**arguments["settings"], "num_leaves": 30}}
+            build(writer, asked)
+        return files
+
+    def twice(*given):
+        nonlocal writer, arguments
+        writer, arguments = given
+        build(writer, arguments)
+
+    writer = arguments = None
+    monkeypatch.setattr(ScannShard, "save", saved)
+    monkeypatch.setattr(index_build, "build_shard", twice)
+    twice.__module__, twice.__qualname__ = index_build.__name__, "build_shard"
+    build_index(embeddings, tmp_path / "index", IndexSettings(kind="tree", num_leaves=20, leaves_to_search=20))
+    assert builds == [20, 30]
+    folder = tmp_path / "index" / "shard-00000-of-00001"
+    assert json.loads((folder / "shard.json").read_text())["settings"]["num_leaves"] == 30
+    assert not list((tmp_path / "index").glob(".tmp*"))
+    index = Index.load(tmp_path / "index")  # with the checksums
+    np.testing.assert_array_equal(index.search(vectors[700:705], 1)[0][:, 0], np.arange(700, 705))
+
+
+def test_a_shard_of_cells_reads_the_cells_file_by_file(tmp_path):
+    """Memory is that of a file and of the shard, not of the database."""
+    files, rows, shards = 40, 50_000, 50
+    rng = np.random.default_rng(0)
+    (tmp_path / "cells").mkdir()
+    (tmp_path / "router").mkdir()
+    np.save(tmp_path / "router" / "shard_of_cell.npy", np.arange(shards, dtype=np.int32))
+    expected = []
+    for i in range(files):
+        cells = rng.integers(-1, shards, rows).astype(np.int32)
+        np.save(tmp_path / "cells" / shard_name("cells", i, files, ".npy"), cells)
+        expected += (i * rows + np.flatnonzero(cells == 7)).tolist()
+    offsets = np.arange(files + 1) * rows
+    embeddings = SimpleNamespace(
+        shard_offsets=offsets, dimension=1, directory=tmp_path, vectors=lambda ids: ids[:, None] + 1.0
+    )
+    tracemalloc.start()
+    ids, found = index_build._vectors_of_shard(tmp_path, embeddings, {"range": None, "number": 7, "unit": False})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert ids.tolist() == expected and (found[:, 0] == ids + 1).all()
+    assert peak < 4 * files * rows  # of all cells, once
+
+
 def test_an_index_of_an_older_program_is_named(ranges, tmp_path):
     shutil.copytree(ranges, tmp_path / "old")
     manifest = json.loads((tmp_path / "old" / "manifest.json").read_text())
@@ -234,6 +292,9 @@ def test_what_cannot_be_sharded_is_refused(embeddings, tmp_path):
         build_index(embeddings, tmp_path / "i", num_shards=4, cells=3)
     with pytest.raises(UserError, match="898 shards are too many for 897 vectors"):
         build_index(embeddings, tmp_path / "i", num_shards=898)
+    for cells, visited in ((24, 100), (24, 0), (0, 3)):
+        with pytest.raises(UserError, match=f"between 1 and the number of cells, {cells}; is {visited}"):
+            build_index(embeddings, tmp_path / "i", num_shards=4, cells=cells, cells_to_visit=visited)
     with pytest.raises(UserError, match="min_recall must be between 0 and 1"):
         build_index(embeddings, tmp_path / "i", min_recall=95)
     assert not (tmp_path / "i").exists()

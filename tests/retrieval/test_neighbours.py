@@ -173,6 +173,32 @@ def test_distinct_neighbours_equal_the_loop_over_all_hits(seed, size, k, texts):
     assert dropped == expected
 
 
+def test_distinct_neighbours_are_looked_for_among_so_many_and_no_more(monkeypatch):
+    """As a service has a limit, and its answer and that of the database here are to be the same."""
+    monkeypatch.setattr(neighbours_module, "DISTINCT_AMONG", 20)
+    monkeypatch.setattr(neighbours_module, "_COMPARED_AT_ONCE", 50)
+    asked, compared = [], []
+
+    class Line:
+        """Chunks 0 to 59 at these places; the first 15 have the same tokens."""
+
+        def search(self, queries, k, exclude_keys):
+            asked.append(k)
+            return np.tile(np.arange(k), (len(queries), 1)), np.tile(np.arange(k, dtype=np.float32), (len(queries), 1))
+
+        def neighbour_tokens(self, ids):
+            compared.append(ids.size)
+            return np.repeat(np.where(ids < 15, 0, ids)[..., None], 4, axis=-1)
+
+    ids, distances, dropped = search_distinct(Line(), np.ones((5, 1)), 8, None, 2)
+    assert ids.tolist() == [[0, 15, 16, 17, 18, 19, -1, -1]] * 5 and dropped == 5 * 14
+    assert distances[0, :6].tolist() == ids[0, :6].tolist() and np.isinf(distances[:, 6:]).all()
+    assert asked == [16, 20] and max(compared) <= 50
+    asked.clear()
+    ids, _, _ = search_distinct(Line(), np.ones((1, 1)), 25, None, 2)
+    assert asked == [25] and ids[0].tolist() == [0, *range(15, 25), *[-1] * 14]
+
+
 def test_a_database_that_changed_meanwhile_is_refused(world, tmp_path, monkeypatch):
     directory, corpus, *_ = world
     searched = neighbours_module._searched

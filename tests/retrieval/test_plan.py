@@ -31,3 +31,13 @@ def test_what_cannot_be_is_said():
         plan_database(10**12, 768, host_memory=2**30)
     with pytest.raises(UserError, match="tokens must be at least 1"):
         plan_database(0, 768)
+    for name, value in (
+        ("core_bytes_per_second", 0.0),
+        ("core_bytes_per_second", float("nan")),
+        ("host_memory", -1.0),
+        ("visited_share", 0.0),
+        ("leaves_share", 2.0),
+    ):
+        told = name.replace("core_bytes_per_second", "core_rate")
+        with pytest.raises(UserError, match=f"{told} must be .*above 0"):
+            plan_database(10**6, 768, **{name: value})

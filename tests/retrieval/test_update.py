@@ -10,18 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retro_jax.data.corpus import Corpus
+from retro_jax.data.ranges import in_ranges, merge_ranges
 from retro_jax.data.sequences import SequenceSource, write_sequences
 from retro_jax.errors import UserError
 from retro_jax.lock import DirectoryLock
-from retro_jax.retrieval import update
+from retro_jax.retrieval import compaction, update
 from retro_jax.retrieval.compaction import compact_database
 from retro_jax.retrieval.database import Database
 from retro_jax.retrieval.embedder import EmbeddingSet, embed_corpus
 from retro_jax.retrieval.exact import exact_search
+from retro_jax.retrieval.index import Index
 from retro_jax.retrieval.index_build import build_index
+from retro_jax.retrieval.index_settings import IndexSettings
 from retro_jax.retrieval.neighbours import NeighbourTable, find_neighbours
-from retro_jax.retrieval.segments import DatabaseCorpus, Segments, in_ranges, merge_ranges
-from retro_jax.retrieval.update import add_documents, remove_documents
+from retro_jax.retrieval.segments import DatabaseCorpus, Segments
+from retro_jax.retrieval.update import add_documents, default_settings, remove_documents
 
 WORDS = re.findall(r"\S+", "the cat of a house and 3 birds sing in the tree while it rains, he said; nobody came.")
 
@@ -139,6 +142,52 @@ def test_a_document_may_come_back_after_its_removal(database, tiny_embedder, tmp
     assert "d3" in documents_of(after, ids) and not after.corpus.removed(ids[ids >= 0]).any()
 
 
+def test_a_base_with_a_tuned_tree_takes_small_additions_and_shrinks(make_corpus, tiny_embedder, tmp_path):
+    directory = tmp_path / "DB"
+    corpus = make_corpus([[record(i) for i in range(20, 26)]], directory / "corpus")
+    embed_corpus(corpus, tiny_embedder, directory / "embeddings")
+    tuned = IndexSettings(kind="tree", num_leaves=32, leaves_to_search=32, reorder=64, training_sample=90)
+    build_index(EmbeddingSet(directory / "embeddings"), directory / "index", tuned)
+    assert default_settings(directory) == IndexSettings(reorder=64, training_sample=90)
+    add_documents(directory, write(tmp_path / "new.jsonl", [6]), tiny_embedder, settings=default_settings(directory))
+    after = Database.open(directory, tiny_embedder)
+    assert [index.manifest.counts["kinds"] for index in after.indexes] == [["tree"], ["brute_force"]]
+    assert "d6" in documents_of(after, everything(after, tiny_embedder))
+    remove_documents(directory, ids=[f"d{i}" for i in range(20, 25)])
+    compact_database(directory, tmp_path / "DB2", settings=default_settings(directory))
+    left = Database.open(tmp_path / "DB2", tiny_embedder)
+    assert documents_of(left, everything(left, tiny_embedder)) == {"d25", "d6"}
+
+
+def test_a_document_shorter_than_a_chunk_is_added_alone_and_outlives_the_rest(database, tiny_embedder, tmp_path):
+    path = tmp_path / "new.jsonl"
+    path.write_text(json.dumps({"id": "short", "text": "a cat"}) + "\n")
+    add_documents(database, [path], tiny_embedder)
+    after = Database.open(database, tiny_embedder)
+    chunk = after.corpus.num_chunks - 1
+    assert after.texts([chunk]) == ["a cat"]
+    assert after.retrieve(after.corpus.tokens([chunk]), 1).ids.tolist() == [[chunk]]
+    remove_documents(database, ids=[f"d{i}" for i in range(6)])
+    compact_database(database, tmp_path / "DB2")
+    assert Database.open(tmp_path / "DB2").texts([0]) == ["a cat"]
+    remove_documents(database, ids=["short"])
+    with pytest.raises(UserError, match="nothing is left of it"):
+        compact_database(database, tmp_path / "DB3")
+
+
+def test_files_of_one_name_without_ids_are_told_apart_by_another_name(database, tiny_embedder, tmp_path):
+    paths = [tmp_path / day / "new.jsonl" for day in ("monday", "tuesday")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text(json.dumps({"text": f"the cat of {path.parent.name} sings in the tree and nobody came"}) + "\n")
+    add_documents(database, paths[:1], tiny_embedder)
+    with pytest.raises(UserError, match=r"already has a document 'new\.jsonl:1'; .* name the file otherwise"):
+        add_documents(database, paths[1:], tiny_embedder)
+    add_documents(database, [paths[1].rename(tmp_path / "tuesday.jsonl")], tiny_embedder)
+    corpus = DatabaseCorpus(database)
+    assert [corpus.document(i).id for i in (6, 7)] == ["new.jsonl:1", "tuesday.jsonl:1"]
+
+
 def test_mistakes_change_nothing(database, tiny_embedder, tmp_path):
     with pytest.raises(UserError, match="has no document 'd77', 'd78'"):
         remove_documents(database, ids=["d0", "d78", "d77"])
@@ -206,17 +255,39 @@ def test_compaction_holds_what_was_left_and_nothing_else(database, make_corpus, 
         compact_database(database, tmp_path / "DB2", num_shards=2)
 
 
+def test_what_is_removed_while_it_is_compacted_does_not_come_back(database, tmp_path, monkeypatch):
+    real = compaction.build_index
+
+    def removing(*arguments, **options):
+        remove_documents(database, ids=["d1"])
+        return real(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compaction, "build_index", removing)
+        with pytest.raises(UserError, match=r"was changed while it was compacted \(version 0, now 1\): remove .*DB2"):
+            compact_database(database, tmp_path / "DB2")
+    with pytest.raises(UserError, match="begun and not finished"):
+        Index.load(tmp_path / "DB2" / "index")
+    with pytest.raises(UserError, match=r"inputs\.database"):
+        compact_database(database, tmp_path / "DB2")
+    compact_database(database, tmp_path / "DB3")
+    assert Corpus(tmp_path / "DB3" / "corpus").num_documents == 5
+
+
 def test_readers_never_see_half_a_change(database):
     """While documents are removed one by one, every reading is of one version, whole."""
     corpus = DatabaseCorpus(database)
     records = [corpus.document(number) for number in range(6)]
     ranges = [(each.first_chunk, each.first_chunk + each.chunks) for each in records]
-    seen, ended = [], threading.Event()
+    seen, failures, ended = [], [], threading.Event()
 
     def read() -> None:
-        while not ended.is_set():
-            segments = Segments.load(database)
-            seen.append((segments.version, segments.removed.tolist()))
+        try:
+            while not ended.is_set():
+                segments = Segments.load(database)
+                seen.append((segments.version, segments.removed.tolist()))
+        except Exception as error:
+            failures.append(error)
 
     reader = threading.Thread(target=read)
     reader.start()
@@ -228,7 +299,7 @@ def test_readers_never_see_half_a_change(database):
         reader.join()
     for version, removed in seen:
         assert removed == merge_ranges(np.array(ranges[:version])).tolist()
-    assert seen
+    assert seen and not failures
 
 
 def test_sequences_hold_neighbours_from_additions(database, make_corpus, tiny_embedder, tmp_path):
@@ -245,3 +316,36 @@ def test_sequences_hold_neighbours_from_additions(database, make_corpus, tiny_em
     write_sequences(queries, table, corpus, tmp_path / "sequences", length=32, k=2)
     first = SequenceSource(tmp_path / "sequences")[0]
     np.testing.assert_array_equal(first["neighbours"][0, 0], corpus.neighbour_tokens(nearest[0]))
+
+
+def test_sequences_hold_no_neighbours_that_were_removed_since_they_were_found(database, tmp_path):
+    corpus = Corpus(database / "corpus")
+    find_neighbours(corpus, database, tmp_path / "neighbours", k=6)
+    table = NeighbourTable(tmp_path / "neighbours")
+
+    def written(name):
+        state = DatabaseCorpus(database)
+        directory = tmp_path / name
+        manifest = write_sequences(corpus, table, state, directory, length=32, k=2, removed=state.segments.removed)
+        source = SequenceSource(directory)
+        rows = [source[i] for i in range(len(source))]
+        return manifest, {name: np.concatenate([row[name] for row in rows]) for name in ("chunks", "neighbour_ids")}
+
+    before, whole = written("before")
+    assert DatabaseCorpus(database).removed_documents(corpus) == 0
+    remove_documents(database, ids=["d2", "d4"])
+    state = DatabaseCorpus(database)
+    assert state.removed(whole["neighbour_ids"]).any()
+    after, left = written("after")
+    assert not state.removed(left["neighbour_ids"][left["neighbour_ids"] >= 0]).any()
+    # What is nearest of the rest comes in their place, and the text is that of the corpus.
+    keys = corpus.document_keys(whole["chunks"])
+    np.testing.assert_array_equal(left["chunks"], whole["chunks"])
+    for chunk, key, found in zip(left["chunks"], keys, left["neighbour_ids"], strict=True):
+        offered = [] if chunk < 0 else table.ids(np.array([chunk]))[0]
+        kept = [i for i in offered if i >= 0 and corpus.document_keys(i) != key and not state.removed(i)]
+        assert found.tolist() == [*kept, -1, -1][:2]
+    assert state.removed_documents(corpus) == 2
+    assert after.inputs.keys() - before.inputs.keys() == {"removed"}
+    with pytest.raises(UserError, match=r"inputs\.removed = absent"):
+        written("before")

@@ -36,6 +36,26 @@ def test_duplicates_are_reported_and_left_out_of_the_corpus(small_data, tmp_path
     )
     assert result.returncode == 0, result.stderr
     assert "51 documents" in result.stdout and "2 excluded documents left out" in result.stdout
+    # The tokenizer that has not seen them either is the one of the other documents.
+    (tmp_path / "rest.jsonl").write_text(
+        "".join(json.dumps(record) + "\n" for i, record in enumerate(records) if i not in (0, 3))
+    )
+    flags = {"vocab_size": 1000, "max_sentences": 300}
+    result = run("train_tokenizer", input=SAMPLE, output=tmp_path / "a.model", exclusions=tmp_path / "out", **flags)
+    assert "from 51 documents, 2 excluded documents left out" in result.stdout, result.stderr
+    result = run("train_tokenizer", input=tmp_path / "rest.jsonl", output=tmp_path / "b.model", **flags)
+    assert (tmp_path / "a.model").read_bytes() == (tmp_path / "b.model").read_bytes()
+    # What says so must be sound and for these files.
+    result = run("train_tokenizer", input=valid, output=tmp_path / "c.model", exclusions=tmp_path / "out", **flags)
+    assert result.returncode == 1 and "was not made for this file" in result.stderr
+    shard = tmp_path / "out" / "removed-00000-of-00001.jsonl"
+    shard.write_text(shard.read_text().replace('"row": 3', '"row": 4'))
+    for tool in ("train_tokenizer", "build_corpus"):
+        result = run(
+            tool, input=SAMPLE, output=tmp_path / tool, exclusions=tmp_path / "out",
+            **(flags if tool == "train_tokenizer" else {"tokenizer": tokenizer}),
+        )  # fmt: skip
+        assert result.returncode == 1 and "removed-00000-of-00001.jsonl: checksum differs" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import sys
 
 import numpy as np
 import pytest
-from small_run import ROOT
+from small_run import ROOT, run_program
 
 from retro_jax.errors import UserError
 from retro_jax.retrieval.exact import exact_search
@@ -82,6 +82,13 @@ def test_what_cannot_be_measured_is_said(tmp_path):
         retrieval.environment(str(tmp_path / "python"))
     with pytest.raises(UserError, match="lacks what the peer needs"):
         retrieval.environment(sys.executable)
+
+
+@pytest.mark.parametrize("benchmark", ["retrieval", "growth"])
+def test_the_folder_of_plots_is_there_before_anything_is_measured(tmp_path, benchmark):
+    flags = (f"--embeddings={tmp_path / 'absent'}", f"--plots={tmp_path / 'plots' / 'here'}")
+    status, _, stderr = run_program("tools/benchmark.py", benchmark, *flags)
+    assert status == 1 and "absent: no such directory" in stderr and (tmp_path / "plots" / "here").is_dir()
 
 
 @pytest.mark.slow
