@@ -14,7 +14,7 @@ import numpy as np
 from retro_jax.retrieval.service import retrieval_v1_pb2 as pb
 from retro_jax.retrieval.service.log import Log
 from retro_jax.retrieval.service.metrics import Metrics
-from retro_jax.retrieval.service.replicas import Backend, Patience, Replicas, ask
+from retro_jax.retrieval.service.replicas import Backend, Patience, Replicas, ask, check_addresses
 from retro_jax.retrieval.service.security import ClientSecurity
 from retro_jax.retrieval.service.wire import (
     Found,
@@ -57,20 +57,26 @@ class _Offer:
 
     @property
     def missing(self) -> list[int]:
-        held = {shard for group in self.groups for shard in group.shards}
-        return [shard for shard in range(self.version.num_shards) if shard not in held]
+        """Shards that no server holds."""
+        return self._beside(self.groups)
 
     @property
-    def answerable(self) -> bool:
-        """Every shard has a server that can be asked now."""
-        return not self.missing and all(any(b.up for b in group.replicas.backends) for group in self.groups)
+    def silent(self) -> list[int]:
+        """Shards that no server holds which can be asked now."""
+        return self._beside([group for group in self.groups if group.replicas.up])
+
+    def _beside(self, groups: Sequence[_Group]) -> list[int]:
+        held = {shard for group in groups for shard in group.shards}
+        return [shard for shard in range(self.version.num_shards) if shard not in held]
 
 
 class FrontSource:
     """Answers from shard servers; see `retro_jax.retrieval.service.source`.
 
     The version that answers who names none is one that every shard has; a newer one takes its place as soon as every
-    shard has that. All shards of an answer are of one version.
+    shard has that. A version whose servers are gone is left for one that can be answered from; for an earlier one, in
+    which removed documents may still be, only when nobody at all has the later one. All shards of an answer are of one
+    version.
     """
 
     def __init__(
@@ -86,8 +92,9 @@ class FrontSource:
         """Connects to nobody yet; `poll` does.
 
         Raises:
-          UserError: see `ClientSecurity.channel`.
+          UserError: see `check_addresses` and `ClientSecurity.channel`.
         """
+        check_addresses(addresses, "a shard server (--backends)")
         self.backends = [Backend(address, security, limits.message_bytes) for address in addresses]
         self._descriptions: dict[Backend, pb.DescribeResponse] = {}
         self._patience = patience
@@ -109,19 +116,23 @@ class FrontSource:
             try:
                 description = parse(pb.DescribeResponse, call.result())
             except (grpc.RpcError, grpc.FutureCancelledError, RefusedError) as error:
-                if backend.up:
-                    reason = call.details() if isinstance(error, grpc.RpcError) else str(error)
-                    self._log.event("backend down", level="warning", backend=backend.address, reason=reason)
-                backend.mark(False, _DOWN_SECONDS)
+                reason = call.details() if isinstance(error, grpc.RpcError) else str(error)
+                self._told(backend, reason or "no reason given")
             else:
-                known = self._descriptions.get(backend)
-                if known is None or not backend.up:
-                    self._log.event("backend up", backend=backend.address)
-                backend.mark(not description.draining, _DOWN_SECONDS)
+                # One that still loads is as good as down; what it held before its restart is what it will hold.
+                self._told(backend, "draining" if description.draining else "" if description.versions else "loading")
                 if description.versions:
                     self._descriptions[backend] = description
             self._metrics.backend_up.labels(backend.address).set(backend.up)
         self._renew()
+
+    def _told(self, backend: Backend, trouble: str) -> None:
+        """Remembers what a poll has shown of a server; no trouble: it can be asked."""
+        if trouble and backend.up:
+            self._log.event("backend down", level="warning", backend=backend.address, reason=trouble)
+        elif not trouble and not (backend.up and backend in self._descriptions):
+            self._log.event("backend up", backend=backend.address)
+        backend.mark(not trouble, _DOWN_SECONDS)
 
     @property
     def ready(self) -> bool:
@@ -231,9 +242,9 @@ class FrontSource:
     def _why_not_ready(self) -> str:
         if not self._offers:
             return "no shard server has answered yet: " + ", ".join(backend.address for backend in self.backends)
-        offer = min(self._offers.values(), key=lambda offer: len(offer.missing))
-        missing = ", ".join(map(str, offer.missing))
-        return f"of {offer.version.num_shards} shards of database {offer.version.database} no server holds {missing}"
+        offer = min(self._offers.values(), key=lambda offer: len(offer.silent))
+        silent = ", ".join(map(str, offer.silent))
+        return f"of {offer.version.num_shards} shards of database {offer.version.database} no server holds {silent}"
 
     def _renew(self) -> None:
         """Works out what can be answered from, and whether a newer version takes over."""
@@ -243,8 +254,9 @@ class FrontSource:
             for version in description.versions:
                 by_version.setdefault(version.database, {}).setdefault(tuple(version.shards), []).append(backend)
                 samples.setdefault(version.database, []).append(version)
+        known, self._known_replicas = self._known_replicas, {}
         offers = {
-            fingerprint: self._make_offer(fingerprint, holders, samples[fingerprint])
+            fingerprint: self._make_offer(fingerprint, holders, samples[fingerprint], known)
             for fingerprint, holders in by_version.items()
         }
         current = self._choose(offers)
@@ -257,38 +269,54 @@ class FrontSource:
             self._metrics.loaded(offers[current].version)
 
     def _make_offer(
-        self, fingerprint: str, holders: dict[tuple[int, ...], list[Backend]], samples: list[pb.Version]
+        self,
+        fingerprint: str,
+        holders: dict[tuple[int, ...], list[Backend]],
+        samples: list[pb.Version],
+        known: dict[tuple, Replicas],
     ) -> _Offer:
         groups: list[_Group] = []
         taken: set[int] = set()
-        for shards, backends in sorted(holders.items(), key=lambda item: (-len(item[0]), item[0])):
+
+        def preference(held: tuple[tuple[int, ...], list[Backend]]) -> tuple:
+            """First what can be asked now, then the widest."""
+            shards, backends = held
+            return not any(backend.up for backend in backends), -len(shards), shards
+
+        for shards, backends in sorted(holders.items(), key=preference):
             if taken.isdisjoint(shards):
                 taken.update(shards)
                 name = f"shards {', '.join(map(str, shards))}"
-                groups.append(_Group(shards, self._replicas(fingerprint, name, backends)))
+                groups.append(_Group(shards, self._replicas(fingerprint, name, backends, known)))
             elif (fingerprint, shards) not in self._left_out:
                 self._left_out.add((fingerprint, shards))
                 self._log.event("overlap", level="warning", shards=list(shards), backends=[b.address for b in backends])
         version = pb.Version()
         version.CopyFrom(samples[0])
-        version.recall = min(sample.recall for sample in samples)
+        version.ClearField("recall")
+        if recalls := [sample.recall for sample in samples if sample.HasField("recall")]:
+            version.recall = min(recalls)
         del version.shards[:]
         version.shards.extend(sorted(taken))
         everyone = [backend for backends in holders.values() for backend in backends]
-        return _Offer(version, tuple(groups), self._replicas(fingerprint, "chunks", everyone))
+        return _Offer(version, tuple(groups), self._replicas(fingerprint, "chunks", everyone, known))
 
-    def _replicas(self, fingerprint: str, name: str, backends: Sequence[Backend]) -> Replicas:
+    def _replicas(
+        self, fingerprint: str, name: str, backends: Sequence[Backend], known: dict[tuple, Replicas]
+    ) -> Replicas:
         """The same object as long as the servers are the same: it remembers how quick they were."""
         key = (fingerprint, name, tuple(backend.address for backend in backends))
-        if key not in self._known_replicas:
-            self._known_replicas[key] = Replicas(name, backends, self._patience, self._metrics)
-        return self._known_replicas[key]
+        replicas = known.get(key) or Replicas(name, backends, self._patience, self._metrics)
+        self._known_replicas[key] = replicas
+        return replicas
 
     def _choose(self, offers: dict[str, _Offer]) -> str:
-        """The version that answers: the one before, unless a later one is complete or it has gone altogether."""
-        orders = [[v.database for v in d.versions] for d in self._descriptions.values()]
-        complete = [fingerprint for fingerprint, offer in offers.items() if offer.answerable]
-        if self._current not in offers:
+        """The version that answers; see the class."""
+        # What servers said that are gone since is no hint of where the others go.
+        orders = [[v.database for v in told.versions] for b, told in self._descriptions.items() if b.up]
+        complete = [fingerprint for fingerprint, offer in offers.items() if not offer.silent]
+        current = offers.get(self._current)
+        if current is None:
             newest = [order[-1] for order in orders]
             return max(complete, key=newest.count, default="")
 
@@ -298,10 +326,10 @@ class FrontSource:
         for fingerprint in complete:
             if later(fingerprint, self._current) and not later(self._current, fingerprint):
                 return fingerprint
-        if not offers[self._current].missing:
+        if self._current in complete:
             return self._current
-        # Its servers have been restarted with another database.
-        return next((fingerprint for fingerprint in complete if fingerprint != self._current), self._current)
+        gone = not current.anyone.up
+        return next((other for other in complete if gone or not later(self._current, other)), self._current)
 
 
 def _one(answers: list[bytes | RefusedError]) -> bytes:
