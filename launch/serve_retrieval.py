@@ -4,8 +4,7 @@
     python launch/serve_retrieval.py --database=DB --shards=0/2 --port=50061        # half of its index shards
     python launch/serve_retrieval.py --backends=127.0.0.1:50061,127.0.0.1:50062     # a front, for clients
 
-SIGTERM drains and ends; SIGHUP loads a new version of the database beside the old one. docs/retrieval-service.md tells
-the rest.
+SIGTERM drains and ends; SIGHUP loads a new version of the database at once. docs/retrieval-service.md tells the rest.
 """
 
 import os
@@ -40,7 +39,7 @@ _CERTIFICATE = flags.DEFINE_string("tls_certificate", None, "PEM certificate cha
 _KEY = flags.DEFINE_string("tls_key", None, "PEM private key of it.")
 _CLIENT_CA = flags.DEFINE_string("tls_client_ca", None, "PEM authorities whose clients are let in (mutual TLS).")
 _TOKENS = flags.DEFINE_string("token_file", None, "Bearer tokens, one a line; a call must come with one.")
-_PLAINTEXT = flags.DEFINE_bool("allow_plaintext", False, "Listen without TLS elsewhere than on loopback.")
+_PLAINTEXT = flags.DEFINE_bool("allow_plaintext", False, "Listen, and send tokens, without TLS off loopback.")
 _BACKEND_CA = flags.DEFINE_string("backend_ca", None, "PEM authorities of the shard servers; plaintext without.")
 _BACKEND_TOKENS = flags.DEFINE_string("backend_token_file", None, "Bearer token to show to the shard servers.")
 _SLOTS = flags.DEFINE_integer("slots", None, "Searches at a time; cores of this machine, or 64 in a front.", 1)
@@ -96,7 +95,7 @@ def main() -> None:
         ca = Path(_BACKEND_CA.value) if _BACKEND_CA.value else None
         return FrontSource(
             _BACKENDS.value,
-            security=ClientSecurity(ca, identity if ca else None, token),
+            security=ClientSecurity(ca, identity if ca else None, token, _PLAINTEXT.value),
             patience=Patience(
                 attempts=_ATTEMPTS.value,
                 hedge_after=_HEDGE_MS.value / 1000 if _HEDGE_SHARE.value else None,

@@ -154,6 +154,7 @@ def define_service_flags(seconds: float) -> None:
     flags.DEFINE_string("service_certificate", None, "PEM file to show to the service")
     flags.DEFINE_string("service_key", None, "PEM file of its private key")
     flags.DEFINE_string("service_token_file", None, "file with the bearer token of the service")
+    flags.DEFINE_bool("service_allow_plaintext", False, "send the token without TLS elsewhere than on loopback")
     flags.DEFINE_float("service_seconds", seconds, "deadline of one call to the service", lower_bound=0.001)
 
 
@@ -171,6 +172,7 @@ def service() -> "Service | None":
         values.service_key,
         values.service_token_file,
         values.service_seconds,
+        values.service_allow_plaintext,
     )
 
 

@@ -20,6 +20,7 @@ class Service:
       certificate, key: PEM files shown to a server that asks for them; both or none.
       token_file: a bearer token is the first line of it.
       seconds: deadline of one call.
+      allow_plaintext: send the token without TLS to other machines.
     """
 
     addresses: str
@@ -28,6 +29,7 @@ class Service:
     key: str | None = None
     token_file: str | None = None
     seconds: float = 120.0
+    allow_plaintext: bool = False
 
     def __post_init__(self) -> None:
         if bool(self.certificate) != bool(self.key):
@@ -43,5 +45,6 @@ class Service:
             self.ca and Path(self.ca),
             Identity(Path(self.certificate), Path(self.key)) if self.certificate else None,
             read_tokens(self.token_file)[0] if self.token_file else None,
+            self.allow_plaintext,
         )
         return RetrievalClient(self.addresses, security=security, seconds=self.seconds)

@@ -3,7 +3,7 @@
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import grpc
@@ -113,21 +113,24 @@ class Calls:
             embeds=self._embedding is not None,
             draining=self.draining,
             tokenizer_model=self._source.tokenizer_model("") if request.with_tokenizer and versions else b"",
+            routers=self._source.routers(request.with_routers) if request.with_routers else [],
         ).SerializeToString()
 
     def _search(self, data: bytes, context: grpc.ServicerContext) -> bytes:
         request = wire.parse(pb.SearchRequest, data)
         version = self._source.version(request.database)
-        vectors, texts = self._queries(request, version)
-        n = len(texts if vectors is None else vectors)
+        queries = wire.queries(request, version)
+        if self._embedding is None and not request.HasField("vectors"):
+            raise RefusedError(
+                grpc.StatusCode.FAILED_PRECONDITION, "this server has no embedder (--embedder); search by vectors"
+            )
+        n = len(queries)
         keys = wire.check_counts(request, n, self._limits)
         width = 2 * version.chunk_length if request.with_tokens else 0
         wire.check_answer_size(n * request.k, 12 + 4 * width, self._limits)
         self._metrics.queries.observe(n)
         with self._slot(n, context) as deadline:
-            if vectors is None:
-                vectors = self._embedding.vectors(texts, version)
-            query = Query(vectors, request.k, keys, request.allow_partial)
+            query = Query(self._vectors(request, queries, version), request.k, keys, request.allow_partial)
             found = self._source.search(version.database, query, deadline)
             tokens = self._source.neighbour_tokens(version.database, found.ids, deadline) if width else None
         return wire.found_message(found, version, tokens).SerializeToString()
@@ -146,22 +149,17 @@ class Calls:
             documents=[pb.Document(id=identity, title=title) for identity, title in named],
         ).SerializeToString()
 
-    def _queries(self, request: pb.SearchRequest, version: pb.Version) -> tuple[np.ndarray | None, list[str]]:
-        """Vectors float32 [n, E], or None and the texts to embed."""
-        kind = request.WhichOneof("queries")
-        if kind is None:
-            raise wire.invalid("no queries: vectors, tokens or texts")
-        if kind == "vectors":
-            return wire.check_vectors(request.vectors, version), []
-        if self._embedding is None:
-            raise RefusedError(
-                grpc.StatusCode.FAILED_PRECONDITION, "this server has no embedder (--embedder); search by vectors"
-            )
-        if kind == "texts":
-            return None, wire.check_texts(request.texts, self._limits)
+    def _vectors(
+        self, request: pb.SearchRequest, queries: np.ndarray | Sequence[str], version: pb.Version
+    ) -> np.ndarray:
+        """Float32 [n, E] of `wire.queries`. All that costs time for every query is done here, behind the queue."""
+        if request.HasField("vectors"):
+            return wire.check_vectors(queries)
+        if request.HasField("texts"):
+            return self._embedding.vectors(wire.check_texts(queries, self._limits), version)
         tokenizer = self._source.tokenizer(version.database)
-        chunks = wire.check_tokens(request.tokens, version, tokenizer.vocab_size)
-        return None, [tokenizer.decode(row) for row in chunks.tolist()]
+        chunks = wire.check_tokens(queries, tokenizer.vocab_size)
+        return self._embedding.vectors([tokenizer.decode(row) for row in chunks.tolist()], version)
 
     @contextmanager
     def _slot(self, queries: int, context: grpc.ServicerContext) -> Iterator[float]:

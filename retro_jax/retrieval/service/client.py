@@ -20,7 +20,7 @@ import numpy as np
 from retro_jax.errors import UserError
 from retro_jax.retrieval.service import retrieval_v1_pb2 as pb
 from retro_jax.retrieval.service import wire
-from retro_jax.retrieval.service.replicas import Backend, Patience, Replicas, ask
+from retro_jax.retrieval.service.replicas import Backend, Patience, Replicas, ask, check_addresses
 from retro_jax.retrieval.service.security import ClientSecurity
 from retro_jax.retrieval.service.wire import Found, Limits, RefusedError
 
@@ -97,23 +97,25 @@ class RetrievalClient:
           database: fingerprint that must answer.
           security: TLS and token; None is plaintext.
           seconds: deadline of one call, retries included.
-          patience: retries and hedging.
+          patience: retries and hedging; by default a search or a fetch that somebody may answer later goes on until its
+            deadline, and a few attempts tell that nobody is there.
           allow_partial: take answers that miss shards; `search_found` says which.
           concurrent: requests under way at a time when one search needs several.
 
         Raises:
-          UserError: no address, or see `ClientSecurity.channel`.
+          UserError: no addresses, or see `ClientSecurity.channel`.
         """
         if isinstance(addresses, str):
             addresses = addresses.split(",")
-        if not all(":" in address for address in addresses) or not addresses:
-            raise UserError(f"a service is HOST:PORT, not {','.join(addresses)!r}")
+        check_addresses(addresses, "a service")
         self._seconds = seconds
         self._allow_partial = allow_partial
         self._pinned = database or ""
         backends = [Backend(address, security or ClientSecurity(), Limits().message_bytes) for address in addresses]
         self._name = ",".join(addresses)
-        self._replicas = Replicas(self._name, backends, patience or Patience(attempts=8), None)
+        self._replicas = Replicas(self._name, backends, patience or Patience(attempts=None), None)
+        # Whether anybody is there at all is soon known, so that a wrong address does not cost a whole deadline.
+        self._describing = Replicas(self._name, backends, patience or Patience(attempts=8), None)
         self._described: tuple[Description, pb.Limits] | None = None
         self._answers = ""  # fingerprint of the database described last
         self._lock = threading.Lock()
@@ -270,7 +272,7 @@ class RetrievalClient:
         with self._lock:
             if self._described is None:
                 request = pb.DescribeRequest(using=self._pinned).SerializeToString()
-                response = pb.DescribeResponse.FromString(self._ask("Describe", request))
+                response = pb.DescribeResponse.FromString(self._ask("Describe", request, self._describing))
                 if not response.versions:
                     raise RetrievalError(f"{self._name}: nothing is loaded yet", grpc.StatusCode.UNAVAILABLE)
                 served = {version.database: version for version in response.versions}
@@ -288,7 +290,7 @@ class RetrievalClient:
 
     def _found(self, request: pb.SearchRequest, n: int) -> tuple[Found, bytes]:
         """An answer's arrays, and its bytes of tokens."""
-        response = pb.SearchResponse.FromString(self._ask("Search", request.SerializeToString()))
+        response = pb.SearchResponse.FromString(self._ask("Search", request.SerializeToString(), self._replicas))
         self._check_database(response.database, request.database)
         return wire.read_found(response, n, request.k), response.tokens
 
@@ -303,7 +305,7 @@ class RetrievalClient:
                 database=description.database,
                 with_documents=documents,
             )
-            response = pb.FetchResponse.FromString(self._ask("Fetch", request.SerializeToString()))
+            response = pb.FetchResponse.FromString(self._ask("Fetch", request.SerializeToString(), self._replicas))
             self._check_database(response.database, description.database)
             parts.append(response)
         return pb.FetchResponse(
@@ -318,8 +320,8 @@ class RetrievalClient:
                 grpc.StatusCode.FAILED_PRECONDITION,
             )
 
-    def _ask(self, method: str, request: bytes) -> bytes:
-        (answer,) = ask([self._replicas], method, request, time.monotonic() + self._seconds)
+    def _ask(self, method: str, request: bytes, replicas: Replicas) -> bytes:
+        (answer,) = ask([replicas], method, [request], time.monotonic() + self._seconds)
         if isinstance(answer, RefusedError):
             raise RetrievalError(f"{self._name}: {answer.code.name}: {answer.reason}", answer.code)
         return answer

@@ -14,7 +14,8 @@ import numpy as np
 from retro_jax.retrieval.service import retrieval_v1_pb2 as pb
 from retro_jax.retrieval.service.log import Log
 from retro_jax.retrieval.service.metrics import Metrics
-from retro_jax.retrieval.service.replicas import Backend, Patience, Replicas, ask
+from retro_jax.retrieval.service.replicas import Backend, Patience, Replicas, ask, check_addresses
+from retro_jax.retrieval.service.routing import Routes
 from retro_jax.retrieval.service.security import ClientSecurity
 from retro_jax.retrieval.service.wire import (
     Found,
@@ -31,6 +32,7 @@ from retro_jax.retrieval.service.wire import (
 )
 
 _POLL_SECONDS = 1.0
+_FILE_SECONDS = 10.0  # for a tokenizer or routers
 _DOWN_SECONDS = 3.0  # without an answer to a poll
 # Kept back of a request's time, so that the front's own answer arrives in it.
 _MARGIN_SHARE, _MARGIN_SECONDS = 0.1, 0.25
@@ -57,20 +59,28 @@ class _Offer:
 
     @property
     def missing(self) -> list[int]:
-        held = {shard for group in self.groups for shard in group.shards}
-        return [shard for shard in range(self.version.num_shards) if shard not in held]
+        """Shards that no server holds."""
+        return self._beside(self.groups)
 
     @property
-    def answerable(self) -> bool:
-        """Every shard has a server that can be asked now."""
-        return not self.missing and all(any(b.up for b in group.replicas.backends) for group in self.groups)
+    def silent(self) -> list[int]:
+        """Shards that no server holds which can be asked now."""
+        return self._beside([group for group in self.groups if group.replicas.up])
+
+    def _beside(self, groups: Sequence[_Group]) -> list[int]:
+        held = {shard for group in groups for shard in group.shards}
+        return [shard for shard in range(self.version.num_shards) if shard not in held]
 
 
 class FrontSource:
     """Answers from shard servers; see `retro_jax.retrieval.service.source`.
 
     The version that answers who names none is one that every shard has; a newer one takes its place as soon as every
-    shard has that. All shards of an answer are of one version.
+    shard has that. A version whose servers are gone is left for one that can be answered from; for an earlier one, in
+    which removed documents may still be, only when nobody at all has the later one. All shards of an answer are of one
+    version.
+
+    A query goes to the parts that have shards it visits; where the routers are not known, to all.
     """
 
     def __init__(
@@ -86,8 +96,9 @@ class FrontSource:
         """Connects to nobody yet; `poll` does.
 
         Raises:
-          UserError: see `ClientSecurity.channel`.
+          UserError: see `check_addresses` and `ClientSecurity.channel`.
         """
+        check_addresses(addresses, "a shard server (--backends)")
         self.backends = [Backend(address, security, limits.message_bytes) for address in addresses]
         self._descriptions: dict[Backend, pb.DescribeResponse] = {}
         self._patience = patience
@@ -97,6 +108,7 @@ class FrontSource:
         self._current = ""
         self._known_replicas: dict[tuple, Replicas] = {}
         self._left_out: set[tuple[str, tuple[int, ...]]] = set()
+        self._routes: dict[str, Routes | None] = {}
         self._tokenizers: dict[str, Any] = {}
         self._models: dict[str, bytes] = {}
         self._lock = threading.Lock()
@@ -109,19 +121,24 @@ class FrontSource:
             try:
                 description = parse(pb.DescribeResponse, call.result())
             except (grpc.RpcError, grpc.FutureCancelledError, RefusedError) as error:
-                if backend.up:
-                    reason = call.details() if isinstance(error, grpc.RpcError) else str(error)
-                    self._log.event("backend down", level="warning", backend=backend.address, reason=reason)
-                backend.mark(False, _DOWN_SECONDS)
+                reason = call.details() if isinstance(error, grpc.RpcError) else str(error)
+                self._told(backend, reason or "no reason given")
             else:
-                known = self._descriptions.get(backend)
-                if known is None or not backend.up:
-                    self._log.event("backend up", backend=backend.address)
-                backend.mark(not description.draining, _DOWN_SECONDS)
+                # One that still loads is as good as down; what it held before its restart is what it will hold.
+                self._told(backend, "draining" if description.draining else "" if description.versions else "loading")
                 if description.versions:
                     self._descriptions[backend] = description
             self._metrics.backend_up.labels(backend.address).set(backend.up)
         self._renew()
+        self._learn_routes()
+
+    def _told(self, backend: Backend, trouble: str) -> None:
+        """Remembers what a poll has shown of a server; no trouble: it can be asked."""
+        if trouble and backend.up:
+            self._log.event("backend down", level="warning", backend=backend.address, reason=trouble)
+        elif not trouble and not (backend.up and backend in self._descriptions):
+            self._log.event("backend up", backend=backend.address)
+        backend.mark(not trouble, _DOWN_SECONDS)
 
     @property
     def ready(self) -> bool:
@@ -143,26 +160,31 @@ class FrontSource:
 
     def search(self, database: str, query: Query, deadline: float) -> Found:
         offer = self._offer(database)
-        request = pb.SearchRequest(
-            vectors=vectors_message(query.vectors, offer.version.embedder),
-            k=query.k,
-            exclude_keys=keys_bytes(query.exclude_keys, len(query.vectors)),
-            database=offer.version.database,
-        ).SerializeToString()
+        n = len(query.vectors)
+        routes = self._routes.get(offer.version.database)
+        visits = np.ones((n, offer.version.num_shards), bool) if routes is None else routes.visits(query)
+        visited = visits.any(0)
+        asked = [(group, np.flatnonzero(visits[:, group.shards].any(1))) for group in offer.groups]
+        asked = [(group, places) for group, places in asked if len(places)]
+        messages: dict[bytes, bytes] = {}  # groups that are asked the same share one
+        for _, places in asked:
+            if (key := places.tobytes()) not in messages:
+                messages[key] = _message(offer, query, places)
+        requests = [messages[places.tobytes()] for _, places in asked]
         now = time.monotonic()
         inner = deadline - min(_MARGIN_SHARE * (deadline - now), _MARGIN_SECONDS)
-        answers = ask([group.replicas for group in offer.groups], "Search", request, inner)
-        parts, lost = [], {shard: "no server holds it" for shard in offer.missing}
+        answers = ask([group.replicas for group, _ in asked], "Search", requests, inner)
+        parts, lost = [], {shard: "no server holds it" for shard in offer.missing if visited[shard]}
         failures = []
-        for group, answer in zip(offer.groups, answers, strict=True):
+        for (group, places), answer in zip(asked, answers, strict=True):
             if isinstance(answer, RefusedError):
                 if answer.code in _OF_THE_REQUEST:
                     raise answer
                 failures.append(answer)
-                lost.update(dict.fromkeys(group.shards, answer.reason))
+                lost.update({shard: answer.reason for shard in group.shards if visited[shard]})
             else:
-                response = parse(pb.SearchResponse, answer)
-                parts.append(read_found(response, len(query.vectors), query.k))
+                found = read_found(parse(pb.SearchResponse, answer), len(places), query.k)
+                parts.append(found.spread(places, n))
         if lost and not (query.allow_partial and parts):
             overload = failures and all(f.code is grpc.StatusCode.RESOURCE_EXHAUSTED for f in failures)
             code = grpc.StatusCode.RESOURCE_EXHAUSTED if overload else grpc.StatusCode.UNAVAILABLE
@@ -202,12 +224,14 @@ class FrontSource:
         offer = self._offer(database)
         fingerprint = offer.version.tokenizer
         if fingerprint not in self._models:
-            request = pb.DescribeRequest(with_tokenizer=True).SerializeToString()
-            response = parse(pb.DescribeResponse, _one(ask([offer.anyone], "Describe", request, time.monotonic() + 10)))
+            response = self._describe(offer, pb.DescribeRequest(with_tokenizer=True))
             if file_fingerprint(response.tokenizer_model) != fingerprint:
                 raise RefusedError(grpc.StatusCode.UNAVAILABLE, "the shard servers are changing to another tokenizer")
             self._models[fingerprint] = response.tokenizer_model
         return self._models[fingerprint]
+
+    def routers(self, database: str) -> list[pb.Router]:
+        return []  # who asks a front need not know
 
     def close(self) -> None:
         for backend in self.backends:
@@ -226,14 +250,18 @@ class FrontSource:
 
     def _fetch(self, offer: _Offer, ids: np.ndarray, with_documents: bool, deadline: float) -> pb.FetchResponse:
         request = pb.FetchRequest(ids=ids.tobytes(), database=offer.version.database, with_documents=with_documents)
-        return parse(pb.FetchResponse, _one(ask([offer.anyone], "Fetch", request.SerializeToString(), deadline)))
+        return parse(pb.FetchResponse, _one(ask([offer.anyone], "Fetch", [request.SerializeToString()], deadline)))
+
+    def _describe(self, offer: _Offer, request: pb.DescribeRequest) -> pb.DescribeResponse:
+        answers = ask([offer.anyone], "Describe", [request.SerializeToString()], time.monotonic() + _FILE_SECONDS)
+        return parse(pb.DescribeResponse, _one(answers))
 
     def _why_not_ready(self) -> str:
         if not self._offers:
             return "no shard server has answered yet: " + ", ".join(backend.address for backend in self.backends)
-        offer = min(self._offers.values(), key=lambda offer: len(offer.missing))
-        missing = ", ".join(map(str, offer.missing))
-        return f"of {offer.version.num_shards} shards of database {offer.version.database} no server holds {missing}"
+        offer = min(self._offers.values(), key=lambda offer: len(offer.silent))
+        silent = ", ".join(map(str, offer.silent))
+        return f"of {offer.version.num_shards} shards of database {offer.version.database} no server holds {silent}"
 
     def _renew(self) -> None:
         """Works out what can be answered from, and whether a newer version takes over."""
@@ -243,8 +271,9 @@ class FrontSource:
             for version in description.versions:
                 by_version.setdefault(version.database, {}).setdefault(tuple(version.shards), []).append(backend)
                 samples.setdefault(version.database, []).append(version)
+        known, self._known_replicas = self._known_replicas, {}
         offers = {
-            fingerprint: self._make_offer(fingerprint, holders, samples[fingerprint])
+            fingerprint: self._make_offer(fingerprint, holders, samples[fingerprint], known)
             for fingerprint, holders in by_version.items()
         }
         current = self._choose(offers)
@@ -257,38 +286,68 @@ class FrontSource:
             self._metrics.loaded(offers[current].version)
 
     def _make_offer(
-        self, fingerprint: str, holders: dict[tuple[int, ...], list[Backend]], samples: list[pb.Version]
+        self,
+        fingerprint: str,
+        holders: dict[tuple[int, ...], list[Backend]],
+        samples: list[pb.Version],
+        known: dict[tuple, Replicas],
     ) -> _Offer:
         groups: list[_Group] = []
         taken: set[int] = set()
-        for shards, backends in sorted(holders.items(), key=lambda item: (-len(item[0]), item[0])):
+
+        def preference(held: tuple[tuple[int, ...], list[Backend]]) -> tuple:
+            """First what can be asked now, then the widest."""
+            shards, backends = held
+            return not any(backend.up for backend in backends), -len(shards), shards
+
+        for shards, backends in sorted(holders.items(), key=preference):
             if taken.isdisjoint(shards):
                 taken.update(shards)
                 name = f"shards {', '.join(map(str, shards))}"
-                groups.append(_Group(shards, self._replicas(fingerprint, name, backends)))
+                groups.append(_Group(shards, self._replicas(fingerprint, name, backends, known)))
             elif (fingerprint, shards) not in self._left_out:
                 self._left_out.add((fingerprint, shards))
                 self._log.event("overlap", level="warning", shards=list(shards), backends=[b.address for b in backends])
         version = pb.Version()
         version.CopyFrom(samples[0])
-        version.recall = min(sample.recall for sample in samples)
+        version.ClearField("recall")
+        if recalls := [sample.recall for sample in samples if sample.HasField("recall")]:
+            version.recall = min(recalls)
         del version.shards[:]
         version.shards.extend(sorted(taken))
         everyone = [backend for backends in holders.values() for backend in backends]
-        return _Offer(version, tuple(groups), self._replicas(fingerprint, "chunks", everyone))
+        return _Offer(version, tuple(groups), self._replicas(fingerprint, "chunks", everyone, known))
 
-    def _replicas(self, fingerprint: str, name: str, backends: Sequence[Backend]) -> Replicas:
+    def _learn_routes(self) -> None:
+        """Asks for the routers of versions that have come; without them every query is sent to every part."""
+        self._routes = {key: routes for key, routes in self._routes.items() if key in self._offers}
+        for fingerprint, offer in self._offers.items():
+            if fingerprint in self._routes or not offer.anyone.up:
+                continue
+            try:
+                routers = self._describe(offer, pb.DescribeRequest(with_routers=fingerprint)).routers
+                self._routes[fingerprint] = Routes(routers, offer.version) if routers else None
+            except RefusedError as error:
+                if error.code in _OF_THE_REQUEST:  # it will be no other the next time
+                    self._routes[fingerprint] = None
+                self._log.event("router unknown", level="warning", database=fingerprint, reason=error.reason)
+
+    def _replicas(
+        self, fingerprint: str, name: str, backends: Sequence[Backend], known: dict[tuple, Replicas]
+    ) -> Replicas:
         """The same object as long as the servers are the same: it remembers how quick they were."""
         key = (fingerprint, name, tuple(backend.address for backend in backends))
-        if key not in self._known_replicas:
-            self._known_replicas[key] = Replicas(name, backends, self._patience, self._metrics)
-        return self._known_replicas[key]
+        replicas = known.get(key) or Replicas(name, backends, self._patience, self._metrics)
+        self._known_replicas[key] = replicas
+        return replicas
 
     def _choose(self, offers: dict[str, _Offer]) -> str:
-        """The version that answers: the one before, unless a later one is complete or it has gone altogether."""
-        orders = [[v.database for v in d.versions] for d in self._descriptions.values()]
-        complete = [fingerprint for fingerprint, offer in offers.items() if offer.answerable]
-        if self._current not in offers:
+        """The version that answers; see the class."""
+        # What servers said that are gone since is no hint of where the others go.
+        orders = [[v.database for v in told.versions] for b, told in self._descriptions.items() if b.up]
+        complete = [fingerprint for fingerprint, offer in offers.items() if not offer.silent]
+        current = offers.get(self._current)
+        if current is None:
             newest = [order[-1] for order in orders]
             return max(complete, key=newest.count, default="")
 
@@ -298,10 +357,21 @@ class FrontSource:
         for fingerprint in complete:
             if later(fingerprint, self._current) and not later(self._current, fingerprint):
                 return fingerprint
-        if not offers[self._current].missing:
+        if self._current in complete:
             return self._current
-        # Its servers have been restarted with another database.
-        return next((fingerprint for fingerprint in complete if fingerprint != self._current), self._current)
+        gone = not current.anyone.up
+        return next((other for other in complete if gone or not later(self._current, other)), self._current)
+
+
+def _message(offer: _Offer, query: Query, places: np.ndarray) -> bytes:
+    """What a shard server is asked: some of the queries, without what the front does by itself."""
+    keys = None if query.exclude_keys is None else query.exclude_keys[places]
+    return pb.SearchRequest(
+        vectors=vectors_message(query.vectors[places], offer.version.embedder),
+        k=query.k,
+        exclude_keys=keys_bytes(keys, len(places)),
+        database=offer.version.database,
+    ).SerializeToString()
 
 
 def _one(answers: list[bytes | RefusedError]) -> bytes:

@@ -13,7 +13,8 @@ import numpy as np
 
 from retro_jax.errors import UserError
 from retro_jax.retrieval.service import retrieval_v1_pb2 as pb
-from retro_jax.retrieval.service.wire import Found, Query
+from retro_jax.retrieval.service.routing import router_messages
+from retro_jax.retrieval.service.wire import Found, Query, invalid
 
 
 class Holding(Protocol):
@@ -33,13 +34,16 @@ class Holding(Protocol):
         """The nearest chunks in the shards held here."""
 
     def neighbour_tokens(self, ids: np.ndarray) -> np.ndarray:
-        """int32 [..., R] of chunk ids [...]."""
+        """int32 [..., R] of chunk ids [...]; raises `RefusedError` for one of a removed document."""
 
     def documents(self, ids: np.ndarray) -> list[tuple[str, str]]:
-        """(id, title) of the document of each chunk id [n]; empty strings for -1."""
+        """(id, title) of the document of each chunk id [n], empty strings for -1; raises as `neighbour_tokens`."""
 
-    def recall(self) -> float:
-        """Recall at k = 2 of the shards held here on stored queries; 0 when none are stored."""
+    def routers(self) -> list[pb.Router]:
+        """Of each part of the index; empty where every query visits every shard."""
+
+    def recall(self) -> float | None:
+        """Recall at k = 2 of the shards held here on stored queries; None when none are stored."""
 
 
 class DatabaseHolding:
@@ -83,15 +87,26 @@ class DatabaseHolding:
         return Found(*self._database.search_found(query.vectors, query.k, query.exclude_keys))
 
     def neighbour_tokens(self, ids: np.ndarray) -> np.ndarray:
+        self._require_present(ids)
         return self._database.neighbour_tokens(ids)
 
     def documents(self, ids: np.ndarray) -> list[tuple[str, str]]:
+        self._require_present(ids)
         return self._database.documents(ids)
 
-    def recall(self) -> float:
+    def routers(self) -> list[pb.Router]:
+        return router_messages(self._database.indexes)
+
+    def recall(self) -> float | None:
         from retro_jax.retrieval.service.self_check import recall
 
         return recall(self._database.indexes)
+
+    def _require_present(self, ids: np.ndarray) -> None:
+        # The library reads them for what was made before the removal; who asks a service gets them no more.
+        gone = np.extract(self._database.corpus.removed(ids), ids)
+        if gone.size:
+            raise invalid(f"chunk {gone[0]} is of a document that was removed")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Databases that this process holds: a new version is loaded beside the old one, then answers in its place."""
 
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +13,8 @@ from retro_jax.retrieval.service.holding import Holding
 from retro_jax.retrieval.service.log import Log
 from retro_jax.retrieval.service.metrics import Metrics
 from retro_jax.retrieval.service.wire import Found, Query, RefusedError
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 5.0, 300.0  # seconds before what could not be loaded is tried again; doubled each time
 
 
 class LocalSource:
@@ -33,7 +34,7 @@ class LocalSource:
         keep_seconds: float = 60.0,
         min_recall: float = 0.0,
     ) -> None:
-        """Loads nothing yet.
+        """Loads nothing yet. `load`, `refresh` and `check_recall` are for one thread, the rest for all.
 
         Args:
           open_holding: loads and verifies what is there now.
@@ -49,10 +50,13 @@ class LocalSource:
         self._metrics = metrics
         self._keep_seconds = keep_seconds
         self._min_recall = min_recall
-        self._seen: Any = None
+        self._loaded: Any = None  # signatures: of what was loaded last, could not be loaded, has to wait
+        self._failed: Any = None
+        self._waiting: Any = None
+        self._pause = _FIRST_PAUSE
+        self._retry_at = 0.0
         self._holdings: tuple[Holding, ...] = ()  # the newest last
         self._used: dict[str, float] = {}
-        self._loading = threading.Lock()
 
     def load(self) -> None:
         """Loads what is there now beside what is held, and lets it answer from then on.
@@ -60,50 +64,59 @@ class LocalSource:
         Raises:
           UserError: it is damaged or no database; what was held goes on answering.
         """
-        with self._loading:
-            self._seen = self._signature()
-            started = time.monotonic()
-            holding = self._open()
-            version = holding.version
-            version.recall = holding.recall()
-            if 0 < version.recall < self._min_recall:
+        signature = self._signature()
+        started = time.monotonic()
+        holding = self._open()
+        version = holding.version
+        recall = holding.recall()
+        if recall is not None:
+            if recall < self._min_recall:
                 raise UserError(
-                    f"recall at k = 2 is {version.recall:.3f} on the stored queries, {self._min_recall} is wanted "
+                    f"recall at k = 2 is {recall:.3f} on the stored queries, {self._min_recall} is wanted "
                     "(--min_recall); rebuild the index"
                 )
-            # A third version would be one too many for the memory: the oldest of three goes at once.
-            kept = [old for old in self._holdings if old.version.database != version.database][-1:]
-            self._used[version.database] = time.monotonic()
-            self._holdings = (*kept, holding)
+            version.recall = recall
+        kept = [old for old in self._holdings if old.version.database != version.database]
+        self._used[version.database] = time.monotonic()
+        self._holdings = (*kept, holding)
+        self._loaded = signature
         self._metrics.loaded(version)
         self._log.event(
             "loaded", database=version.database, shards=list(version.shards), of=version.num_shards,
-            chunks=version.chunks, recall=round(version.recall, 4), seconds=round(time.monotonic() - started, 3),
+            chunks=version.chunks, recall=None if recall is None else round(recall, 4),
+            seconds=round(time.monotonic() - started, 3),
         )  # fmt: skip
 
-    def refresh(self) -> None:
-        """Loads when something else is there than was last seen, and lets go what nobody uses any more."""
-        if self._signature() != self._seen:
-            try:
+    def refresh(self, *, at_once: bool = False) -> None:
+        """Lets go what nobody uses any more, and loads when something else is there than was loaded last.
+
+        What could not be loaded is tried again after pauses that grow, since a file may be mended in its place. Three
+        versions are never held: a third waits until nobody has asked for one of the two for a while.
+
+        Args:
+          at_once: tries again now what failed, and has the older of two versions go though somebody uses it.
+        """
+        self._release()
+        there = None
+        try:
+            there = self._signature()
+            if there == self._loaded or not (at_once or there != self._failed or time.monotonic() >= self._retry_at):
+                return
+            if self._make_room(there, at_once):
                 self.load()
-            except (UserError, OSError) as error:
-                self._metrics.reload_failures.inc()
-                self._log.event("reload failed", level="error", reason=str(error))
-        *old, newest = self._holdings
-        limit = time.monotonic() - self._keep_seconds
-        idle = [holding for holding in old if self._used[holding.version.database] < limit]
-        if idle:
-            with self._loading:
-                self._holdings = tuple(holding for holding in self._holdings if holding not in idle)
-            for holding in idle:
-                self._log.event("released", database=holding.version.database, answers=newest.version.database)
+                self._failed = None
+        except Exception as error:  # whatever it is, what is held can answer
+            self._pause = min(2 * self._pause, _LONGEST_PAUSE) if there == self._failed else _FIRST_PAUSE
+            self._failed, self._retry_at = there, time.monotonic() + self._pause
+            self._metrics.reload_failures.inc()
+            self._log.event("reload failed", level="error", reason=_reason(error), again_in=self._pause)
 
     def check_recall(self) -> None:
         """Measures the recall of the newest version again."""
         try:
-            self._metrics.recall.set(self._holdings[-1].recall())
-        except (UserError, OSError) as error:  # its files may just have been moved away
-            self._log.event("recall check failed", level="error", reason=str(error))
+            self._metrics.set_recall(self._holdings[-1].recall())
+        except Exception as error:  # its files may just have been moved away
+            self._log.event("recall check failed", level="error", reason=_reason(error))
 
     def versions(self) -> list[pb.Version]:
         return [holding.version for holding in self._holdings]
@@ -130,6 +143,9 @@ class LocalSource:
     def tokenizer_model(self, database: str) -> bytes:
         return self._holding(database).tokenizer_model
 
+    def routers(self, database: str) -> list[pb.Router]:
+        return self._holding(database).routers()
+
     def _holding(self, database: str) -> Holding:
         holdings = self._holdings
         if not holdings:
@@ -143,3 +159,38 @@ class LocalSource:
         raise RefusedError(
             grpc.StatusCode.FAILED_PRECONDITION, f"this server answers from database {newest}, not from {database}"
         )
+
+    def _idle(self, holding: Holding) -> bool:
+        return self._used[holding.version.database] < time.monotonic() - self._keep_seconds
+
+    def _release(self) -> None:
+        for holding in self._holdings[:-1]:
+            if self._idle(holding):
+                self._let_go(holding)
+
+    def _make_room(self, there: Any, at_once: bool) -> bool:
+        """Whether one version at most is held now; of two, one that nobody uses goes, be it the newer."""
+        if len(self._holdings) < 2:
+            return True
+        idle = [holding for holding in self._holdings if self._idle(holding)]
+        if not idle and not at_once:
+            if there != self._waiting:
+                self._waiting = there
+                used = [holding.version.database for holding in self._holdings]
+                self._log.event("reload waits", level="warning", used=used)
+            return False
+        self._let_go((idle or self._holdings)[0])
+        return True
+
+    def _let_go(self, holding: Holding) -> None:
+        newest = self._holdings[-1]
+        self._holdings = tuple(held for held in self._holdings if held is not holding)
+        answers = self._holdings[-1].version
+        if holding is newest:
+            self._loaded = None
+            self._metrics.loaded(answers)
+        self._log.event("released", database=holding.version.database, answers=answers.database)
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, UserError | OSError) else f"{type(error).__name__}: {error}"

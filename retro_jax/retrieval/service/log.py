@@ -10,7 +10,10 @@ _PER_SECOND = 20
 
 
 class Log:
-    """Writes one JSON object a line; at most so many of one event a second, the rest is counted in `suppressed`."""
+    """Writes one JSON object a line; at most so many of one event a second.
+
+    The rest, and what could not be written, is counted in `suppressed` of the next line of that event.
+    """
 
     def __init__(self, stream: TextIO | None = None, **always: Any) -> None:
         """Sets the stream (stderr) and fields that every line has."""
@@ -40,5 +43,8 @@ class Log:
             line = {"time": round(now, 3), "level": level, "event": event, **self._always, **fields}
             if missing := self._suppressed.pop(event, 0):
                 line["suppressed"] = missing
-            self._stream.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
-            self._stream.flush()
+            try:
+                self._stream.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+                self._stream.flush()
+            except OSError:  # a full disk, or nobody who reads any more: no reason to stop serving
+                self._suppressed[event] = missing + 1

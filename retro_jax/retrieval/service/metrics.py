@@ -1,6 +1,7 @@
 """What the service tells Prometheus, in a registry of its own."""
 
 import errno
+import math
 import os
 import time
 from collections.abc import Callable
@@ -31,7 +32,7 @@ class Metrics:
         self.shed = named(Counter, "shed", "Requests refused because the queue was full.")
         self.late = named(Counter, "late", "Requests dropped before the search because their time was over.")
         self.partial = named(Counter, "partial", "Answers without every shard.")
-        self.recall = named(Gauge, "recall", "Recall at k = 2 on stored queries, when last checked; 0: none stored.")
+        self.recall = named(Gauge, "recall", "Recall at k = 2 on stored queries, when last checked; NaN: none stored.")
         self.database = named(Gauge, "database_info", "The version that answers.", ("database", "corpus", "embedder"))
         self.loaded_at = named(Gauge, "database_loaded_timestamp_seconds", "When it was loaded.")
         self.reload_failures = named(Counter, "reload_failures", "New versions that could not be loaded.")
@@ -49,7 +50,11 @@ class Metrics:
         self.database.clear()
         self.database.labels(version.database, version.corpus, version.embedder).set(1)
         self.loaded_at.set(time.time())
-        self.recall.set(version.recall)
+        self.set_recall(version.recall if version.HasField("recall") else None)
+
+    def set_recall(self, recall: float | None) -> None:
+        """Recall was measured; None: there are no stored queries."""
+        self.recall.set(math.nan if recall is None else recall)
 
     def serve(self, host: str, port: int) -> tuple[int, Callable[[], None]]:
         """Answers GET /metrics; returns the port and what ends it.

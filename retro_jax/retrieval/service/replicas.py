@@ -2,14 +2,15 @@
 
 A call goes to the replica that looks quickest. When it takes longer than nearly all calls before, a second replica is
 asked too and the first answer counts; when it fails, another replica is asked at once, then all of them again after
-growing pauses, within the deadline and a bounded number of attempts. All calls of this service only read, so asking
-twice is harmless. gRPC's own retries cannot hedge, and do not choose.
+growing pauses, within the deadline and, where one is set, a number of attempts. All calls of this service only read, so
+asking twice is harmless. gRPC's own retries cannot hedge, and do not choose.
 """
 
 import dataclasses
 import math
 import queue
 import random
+import re
 import threading
 import time
 from collections import deque
@@ -18,10 +19,12 @@ from typing import Any
 
 import grpc
 
+from retro_jax.errors import UserError
 from retro_jax.retrieval.service.metrics import Metrics
 from retro_jax.retrieval.service.security import ClientSecurity
 from retro_jax.retrieval.service.wire import REQUEST_ID, REQUEST_ID_HEADER, SERVICE, RefusedError
 
+_ADDRESS = re.compile(r"([^\s:/\[\]]+|\[[0-9A-Fa-f:.]+\]):[1-9][0-9]{0,4}")
 METHODS = ("Describe", "Search", "Fetch")
 # What the same server may well answer later, and another one now.
 _PASSING = (
@@ -36,6 +39,7 @@ _OF_THIS_SERVER = (
     grpc.StatusCode.INTERNAL,
     grpc.StatusCode.UNKNOWN,
 )
+_TOO_LARGE = "message larger than max"
 _FORGET_SECONDS = 5.0  # a slow replica is tried again when its slowness is so old
 _DOWN_SECONDS = 1.0
 _LOOK_SECONDS = 0.25
@@ -46,14 +50,14 @@ class Patience:
     """How long and how often to ask.
 
     Attributes:
-      attempts: calls at most, hedges not counted.
+      attempts: calls at most, hedges not counted; None: as many as fit before the deadline.
       first_pause, longest_pause: seconds before all replicas are tried again; doubled each time, with jitter.
       hedge_after: seconds before a second replica is asked, while too little is known of the calls before; afterwards
         their 95th percentile. None: never.
       hedge_share: hedges for each call, in the long run.
     """
 
-    attempts: int = 4
+    attempts: int | None = 4
     first_pause: float = 0.02
     longest_pause: float = 1.0
     hedge_after: float | None = 0.1
@@ -76,6 +80,23 @@ class _Ended:
 
     def result(self) -> bytes:
         return self.answer
+
+
+def check_addresses(addresses: Sequence[str], what: str) -> None:
+    """Refuses what is no list of servers.
+
+    Args:
+      addresses: "host:port" each, an IPv6 host in brackets.
+      what: they are of, for the message.
+
+    Raises:
+      UserError: another form, none, or the same twice.
+    """
+    wrong = [address for address in addresses or [""] if not _ADDRESS.fullmatch(address)]
+    if wrong:
+        raise UserError(f"{what} is HOST:PORT, several with commas, not {wrong[0]!r}")
+    if twice := [address for address in addresses if addresses.count(address) > 1]:
+        raise UserError(f"{what}: {twice[0]} is given twice; a server is no replica of itself")
 
 
 class Backend:
@@ -179,6 +200,11 @@ class Replicas:
         self._hedges_left = 10.0
         self._lock = threading.Lock()
 
+    @property
+    def up(self) -> bool:
+        """One of them can be asked now."""
+        return any(backend.up for backend in self.backends)
+
     def hedge_delay(self) -> float:
         return self._p95
 
@@ -204,13 +230,15 @@ class Replicas:
         return min(candidates, key=lambda backend: (not backend.up, backend.load, random.random()), default=None)
 
 
-def ask(groups: Sequence[Replicas], method: str, request: bytes, deadline: float) -> list[bytes | RefusedError]:
-    """Asks one replica of every group the same, at a time.
+def ask(
+    groups: Sequence[Replicas], method: str, requests: Sequence[bytes], deadline: float
+) -> list[bytes | RefusedError]:
+    """Asks one replica of every group, at a time.
 
     Args:
       groups: of which one answer each is wanted.
       method: of the service.
-      request: its bytes.
+      requests: bytes of what each group is asked.
       deadline: of time.monotonic; nothing is waited for after it.
 
     Returns:
@@ -219,21 +247,17 @@ def ask(groups: Sequence[Replicas], method: str, request: bytes, deadline: float
     events: queue.SimpleQueue = queue.SimpleQueue()
     open_questions = [
         _Question(group, method, request, deadline, place, events, alone=len(groups) == 1)
-        for place, group in enumerate(groups)
+        for place, (group, request) in enumerate(zip(groups, requests, strict=True))
     ]
     answers: list[bytes | RefusedError] = [None] * len(groups)
     while waiting := [question for question in open_questions if question.answer is None]:
-        now = time.monotonic()
-        if now >= deadline:
-            for question in waiting:
-                question.give_up()
-            break
         wake = min(min(question.wake for question in waiting), deadline)
         try:
-            place, backend, call = events.get(timeout=max(wake - now, 0.0))
-        except queue.Empty:
+            place, backend, call = events.get(timeout=max(wake - time.monotonic(), 0.0))
+        except queue.Empty:  # only now, so that an answer that came in time counts
+            late = time.monotonic() >= deadline
             for question in waiting:
-                question.look()
+                question.give_up() if late else question.look()
         else:
             open_questions[place].ended(backend, call)
     for place, question in enumerate(open_questions):
@@ -262,10 +286,11 @@ class _Question:
         self._running: dict[Backend, tuple[grpc.Future | None, float]] = {}
         self._tried: list[Backend] = []
         self._attempts = 0
-        self._pauses = 0
+        self._pause = 0.0
         self._pause_until: float | None = None
         self._hedge_at = math.inf
         self._last = "no server"
+        self._last_code = grpc.StatusCode.UNAVAILABLE
         self._attempt()
 
     def ended(self, backend: Backend, call: grpc.Future | _Ended) -> None:
@@ -273,7 +298,7 @@ class _Question:
         _, started = self._running.pop(backend, (None, 0.0))
         if self.answer is not None:
             return
-        code = call.code()
+        code = self._last_code = call.code()
         if self._group.metrics:
             self._group.metrics.backend_requests.labels(backend.address, code.name).inc()
         if code is grpc.StatusCode.OK:
@@ -286,18 +311,21 @@ class _Question:
             backend.mark(False)
         if code is grpc.StatusCode.DEADLINE_EXCEEDED and time.monotonic() >= self._deadline - 0.01:
             self.answer = RefusedError(code, f"{backend.address}: no answer in time")
+        elif code is grpc.StatusCode.RESOURCE_EXHAUSTED and _TOO_LARGE in (call.details() or ""):
+            # gRPC's own refusal, by the same status as an overload; it will be as large the next time.
+            self.answer = RefusedError(grpc.StatusCode.INVALID_ARGUMENT, f"{self._last}; ask for less at a time")
         elif code not in (*_PASSING, *_OF_THIS_SERVER):
             self.answer = RefusedError(code, _short(call.details()))
         elif not self._running:
-            if self._attempts >= self._group.patience.attempts:
+            if not self._may_repeat():
                 self.answer = RefusedError(code, self._last)
             elif self._group.best(avoid=self._tried):
                 self._repeat()
             elif code in _OF_THIS_SERVER:
                 self.answer = RefusedError(code, self._last)
             else:
-                pause = min(self._group.patience.first_pause * 2**self._pauses, self._group.patience.longest_pause)
-                self._pauses += 1
+                patience = self._group.patience
+                pause = self._pause = min(2 * self._pause or patience.first_pause, patience.longest_pause)
                 self._tried = []
                 self._pause_until = time.monotonic() + pause * random.uniform(0.5, 1.0)
                 self.wake = self._pause_until
@@ -311,7 +339,7 @@ class _Question:
             return
         other = self._group.best(avoid=self._tried)
         if other is not None and other.up:
-            if not any(backend.up for backend in self._running) and self._attempts < self._group.patience.attempts:
+            if not any(backend.up for backend in self._running) and self._may_repeat():
                 self._repeat()
                 return
             if now >= self._hedge_at:
@@ -325,16 +353,19 @@ class _Question:
 
     def give_up(self) -> None:
         """The deadline has come."""
-        asked = " and ".join(backend.address for backend in self._running)
-        self.answer = RefusedError(
-            grpc.StatusCode.DEADLINE_EXCEEDED, f"{asked}: no answer in time" if asked else f"no time left; {self._last}"
-        )
+        if asked := " and ".join(backend.address for backend in self._running):
+            self.answer = RefusedError(grpc.StatusCode.DEADLINE_EXCEEDED, f"{asked}: no answer in time")
+        else:
+            self.answer = RefusedError(self._last_code, f"{self._last}; asked {self._attempts} times in vain")
 
     def cancel(self) -> None:
         """Ends calls whose answer is not needed any more."""
         for call, _ in list(self._running.values()):
             if call is not None:
                 call.cancel()
+
+    def _may_repeat(self) -> bool:
+        return self._group.patience.attempts is None or self._attempts < self._group.patience.attempts
 
     def _repeat(self) -> None:
         if self._group.metrics:

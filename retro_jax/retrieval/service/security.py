@@ -99,14 +99,14 @@ class ServerSecurity:
         """For a secure port, reading the files again when they change; None for plaintext.
 
         Raises:
-          UserError: see `Identity.read`.
+          UserError: see `Identity.read`; or authorities that are no certificates.
         """
         if self.identity is None:
             return None
         seen = [self._marks()]
 
         def configuration() -> grpc.ServerCertificateConfiguration:
-            ca = _read(self.client_ca) if self.client_ca else None
+            ca = _authorities(self.client_ca) if self.client_ca else None
             chain, key = self.identity.read()
             return grpc.ssl_server_certificate_configuration([(key, chain)], root_certificates=ca)
 
@@ -147,24 +147,33 @@ class ClientSecurity:
       ca: PEM file of the authorities that vouch for the server; None is plaintext.
       identity: shown to a server that asks for it (mutual TLS).
       token: sent with every call.
+      allow_plaintext: send the token without TLS where other machines can read it.
     """
 
     ca: Path | None = None
     identity: Identity | None = None
     token: str | None = None
+    allow_plaintext: bool = False
 
     def channel(self, address: str, options: Sequence[tuple[str, object]]) -> grpc.Channel:
         """A channel to host:port.
 
         Raises:
-          UserError: a file that cannot be read, an expired certificate, an identity without an authority.
+          UserError: a file that cannot be read, an expired certificate, an identity without an authority, a token that
+            others could read.
         """
         if self.ca is None:
             if self.identity is not None:
                 raise UserError("a client certificate needs TLS: give the authority of the server too")
+            if self.token and not (self.allow_plaintext or is_loopback(address.rpartition(":")[0])):
+                raise UserError(
+                    f"will not send a token to {address} without TLS: give the authority of the server (--service_ca; "
+                    "of a front, --backend_ca), or say --service_allow_plaintext (of a front, --allow_plaintext) "
+                    "where the network itself is protected"
+                )
             return grpc.insecure_channel(address, options)
         chain, key = self.identity.read() if self.identity else (None, None)
-        return grpc.secure_channel(address, grpc.ssl_channel_credentials(_read(self.ca), key, chain), options)
+        return grpc.secure_channel(address, grpc.ssl_channel_credentials(_authorities(self.ca), key, chain), options)
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
         return ((_HEADER, _SCHEME + self.token),) if self.token else ()
@@ -192,6 +201,16 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
+
+
+def _authorities(path: Path) -> bytes:
+    """A file of certificates, checked: gRPC would only say that a port or a connection cannot be had."""
+    data = _read(path)
+    try:
+        x509.load_pem_x509_certificates(data)
+    except ValueError:
+        raise UserError(f"{path}: no certificates in PEM in it; expected those of the authorities") from None
+    return data
 
 
 def _read(path: Path) -> bytes:

@@ -9,8 +9,8 @@ from retro_jax.retrieval.index import PROBES, Index, shard_folder
 _K = 2
 
 
-def recall(indexes: Sequence[Index]) -> float:
-    """Share of the true 2 nearest neighbours, in the loaded shards that a probe visits, that are found; 0: no probes.
+def recall(indexes: Sequence[Index]) -> float | None:
+    """Share found of the true 2 nearest neighbours in the loaded shards that a probe visits; None: no probes.
 
     A probe leaves itself out. Which of several equally near vectors is found does not matter.
     """
@@ -19,7 +19,7 @@ def recall(indexes: Sequence[Index]) -> float:
         if index.size:
             found, there = _hits(index)
             hits, possible = hits + found, possible + there
-    return hits / possible if possible else 0.0
+    return hits / possible if possible else None
 
 
 def _hits(index: Index) -> tuple[int, int]:

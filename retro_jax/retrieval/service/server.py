@@ -76,7 +76,7 @@ def serve(
     log: Log | None = None,
     started: Callable[[int], None] = lambda port: None,
 ) -> None:
-    """Serves until SIGTERM or SIGINT, then drains; SIGHUP looks for a new database version. Call in the main thread.
+    """Serves until SIGTERM or SIGINT, then drains; SIGHUP loads a new version at once. Call in the main thread.
 
     It listens from the start, alive and not ready; ready when everything is loaded and verified, or when a front has a
     server for every shard.
@@ -275,9 +275,10 @@ def _keep_local(
     last_look = last_check = time.monotonic()
     while keeper.sleep(_TICK_SECONDS):
         now = time.monotonic()
-        if keeper.hangup or (options.reload_seconds and now - last_look >= options.reload_seconds):
-            keeper.hangup, last_look = False, now
-            source.refresh()
+        hangup, keeper.hangup = keeper.hangup, False
+        if hangup or (options.reload_seconds and now - last_look >= options.reload_seconds):
+            last_look = now
+            source.refresh(at_once=hangup)
         if options.recall_seconds and now - last_check >= options.recall_seconds:
             last_check = now
             source.check_recall()
@@ -304,7 +305,7 @@ def _listen(server: grpc.Server, host: str, port: int, credentials: grpc.ServerC
     """Binds a port; gives its number.
 
     Raises:
-      UserError: it is in use, or the host is not of this machine.
+      UserError: it cannot be had: in use, or the host is not of this machine.
     """
     address = _joined(host, port)
     # gRPC says only that binding failed, and tells why in a log of its own.
@@ -320,7 +321,9 @@ def _listen(server: grpc.Server, host: str, port: int, credentials: grpc.ServerC
             return server.add_insecure_port(address)
         return server.add_secure_port(address, credentials)
     except RuntimeError:
-        raise UserError(f"cannot listen at {address}: port in use; give another --{flag}") from None
+        raise UserError(
+            f"cannot listen at {address}: gRPC does not say why; GRPC_VERBOSITY=debug has it log the reason"
+        ) from None
 
 
 def _joined(host: str, port: int) -> str:

@@ -7,6 +7,7 @@ numbers, never the text that was sent.
 import dataclasses
 import hashlib
 import math
+from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import TypeVar
 
@@ -92,6 +93,15 @@ class Found:
     dropped: int = 0
     missing_shards: tuple[int, ...] = ()
 
+    def spread(self, places: np.ndarray, n: int) -> "Found":
+        """The same as an answer to n queries of which these were asked; nothing is found for the others."""
+        if len(places) == n:
+            return self
+        k = self.ids.shape[1]
+        ids, distances = np.full((n, k), -1, np.int64), np.full((n, k), np.inf, np.float32)
+        ids[places], distances[places] = self.ids, self.distances
+        return Found(ids, distances, self.dropped, self.missing_shards)
+
 
 def parse(kind: type[_MessageT], data: bytes) -> _MessageT:
     """A message of this kind.
@@ -144,53 +154,68 @@ def check_counts(request: pb.SearchRequest, n: int, limits: Limits) -> np.ndarra
     return keys
 
 
-def check_vectors(vectors: pb.Vectors, version: pb.Version) -> np.ndarray:
-    """The queries float32 [n, E] of a request.
+def queries(request: pb.SearchRequest, version: pb.Version) -> np.ndarray | Sequence[str]:
+    """The n queries as they were sent, none looked at yet: vectors float32 [n, E], chunks int32 [n, M], or texts.
 
     Raises:
-      RefusedError: another width or embedder than the database's, or a value that is not finite.
+      RefusedError: none, or of another embedder, tokenizer or width than the database's.
     """
+    kind = request.WhichOneof("queries")
+    if kind is None:
+        raise invalid("no queries: vectors, tokens or texts")
+    if kind == "texts":
+        return request.texts.values
+    if kind == "tokens":
+        tokens = request.tokens
+        if tokens.tokenizer and tokens.tokenizer != version.tokenizer:
+            raise invalid("tokens of another tokenizer than the database's")
+        if tokens.chunk_length != version.chunk_length:
+            raise invalid(f"chunks of {tokens.chunk_length} tokens, this database's have {version.chunk_length}")
+        return rows(tokens.values, "<i4", None, version.chunk_length, "tokens")
+    vectors = request.vectors
     if vectors.dimension != version.dimension:
         raise invalid(f"vectors have {vectors.dimension} components, this database's {version.dimension}")
     if vectors.embedder and vectors.embedder != version.embedder:
         raise invalid("vectors of another embedder than the database's")
-    values = rows(vectors.values, "<f4", None, version.dimension, "vectors")
+    return rows(vectors.values, "<f4", None, version.dimension, "vectors")
+
+
+def check_vectors(values: np.ndarray) -> np.ndarray:
+    """Queries float32 [n, E] that can be searched.
+
+    Raises:
+      RefusedError: a value that is not finite, or too large.
+    """
     finite = np.isfinite(values).all(1)
     if not finite.all():
         raise invalid(f"query {int(np.flatnonzero(~finite)[0])} is not finite")
     # A square beyond float32 would make every distance infinite.
-    if values.size and float(np.abs(values).max()) > math.sqrt(np.finfo(np.float32).max / (4 * version.dimension)):
+    if values.size and float(np.abs(values).max()) > math.sqrt(np.finfo(np.float32).max / (4 * values.shape[1])):
         raise invalid("a query is too large for distances in float32")
     return values
 
 
-def check_tokens(tokens: pb.Tokens, version: pb.Version, vocab_size: int) -> np.ndarray:
-    """The chunks int32 [n, M] of a request.
+def check_tokens(chunks: np.ndarray, vocab_size: int) -> np.ndarray:
+    """Chunks int32 [n, M] that can be decoded.
 
     Raises:
-      RefusedError: another tokenizer or chunk length than the database's, or a token outside the vocabulary.
+      RefusedError: a token outside the vocabulary.
     """
-    if tokens.tokenizer and tokens.tokenizer != version.tokenizer:
-        raise invalid("tokens of another tokenizer than the database's")
-    if tokens.chunk_length != version.chunk_length:
-        raise invalid(f"chunks of {tokens.chunk_length} tokens, this database's have {version.chunk_length}")
-    values = rows(tokens.values, "<i4", None, version.chunk_length, "tokens")
-    if values.size and (values.min() < 0 or values.max() >= vocab_size):
+    if chunks.size and (chunks.min() < 0 or chunks.max() >= vocab_size):
         raise invalid(f"a token is outside the vocabulary of {vocab_size}")
-    return values
+    return chunks
 
 
-def check_texts(texts: pb.Texts, limits: Limits) -> list[str]:
-    """The texts of a request.
+def check_texts(texts: Sequence[str], limits: Limits) -> list[str]:
+    """Texts that can be embedded.
 
     Raises:
       RefusedError: one is too long.
     """
-    values = list(texts.values)
-    for i, text in enumerate(values):
+    for i, text in enumerate(texts):
         if len(text.encode()) > limits.text_bytes:
             raise invalid(f"text {i} is longer than {limits.text_bytes} bytes")
-    return values
+    return list(texts)
 
 
 def check_ids(request: pb.FetchRequest, version: pb.Version, limits: Limits) -> np.ndarray:

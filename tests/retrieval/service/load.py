@@ -56,10 +56,14 @@ class Load:
             thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def stop(self) -> None:
+        """No more requests are begun, and those under way are waited for."""
         self._stop.set()
         for thread in self._threads:
             thread.join()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
     def check(self, *worlds, k: int) -> None:
         """No request failed, and each answer is wholly of one of the worlds."""

@@ -1,6 +1,7 @@
 """TLS, mutual TLS and tokens let in whom they should; what is unsafe, expired or taken is refused in one line."""
 
 import datetime
+import re
 from pathlib import Path
 
 import grpc
@@ -12,6 +13,7 @@ from small_run import error_line
 from standin import World
 
 from retro_jax.errors import UserError
+from retro_jax.retrieval.service.access import Service
 from retro_jax.retrieval.service.client import RetrievalClient, RetrievalError
 from retro_jax.retrieval.service.replicas import Patience
 from retro_jax.retrieval.service.security import ClientSecurity, Identity, ServerSecurity, is_loopback, read_tokens
@@ -124,10 +126,37 @@ def test_unsafe_and_unusable_settings_are_refused(keys, tmp_path):
         read_tokens(tmp_path / "nowhere")
     with pytest.raises(UserError, match="needs TLS"):
         ClientSecurity(identity=identity(keys, "ours")).channel("127.0.0.1:1", [])
+    pair = (f"--tls_certificate={keys / 'ours.pem'}", f"--tls_key={keys / 'ours.key'}")
+    line = mistake(*pair, f"--tls_client_ca={keys / 'tokens'}")
+    assert f"{keys / 'tokens'}: no certificates in PEM" in line
+    with pytest.raises(UserError, match=r"ours\.key: no certificates in PEM"):
+        ClientSecurity(ca=keys / "ours.key").channel("127.0.0.1:1", [])
     ServerSecurity(allow_plaintext=True).check_address("0.0.0.0")
     ServerSecurity(identity=identity(keys, "ours")).check_address("0.0.0.0")
     hosts = ("127.0.0.1", "localhost", "::1", "[::1]", "127.8.8.8", "10.0.0.1", "0.0.0.0", "::", "host")
     assert [is_loopback(host) for host in hosts] == [True] * 5 + [False] * 4
+
+
+def test_a_token_is_not_sent_where_others_can_read_it(keys):
+    for address in ("10.0.0.1:50051", "retro-front:50051", "[fd00::1]:50051"):
+        with pytest.raises(
+            UserError, match=rf"will not send a token to {re.escape(address)} without TLS: .*_plaintext"
+        ):
+            ClientSecurity(token="new-secret").channel(address, [])
+        for fine in (
+            ClientSecurity(),
+            ClientSecurity(ca=keys / "ours.ca", token="new-secret"),
+            ClientSecurity(token="new-secret", allow_plaintext=True),
+        ):
+            fine.channel(address, []).close()
+    for address in ("127.0.0.1:1", "localhost:1", "[::1]:1"):
+        ClientSecurity(token="new-secret").channel(address, []).close()
+    reached = {"token_file": str(keys / "tokens"), "addresses": "10.0.0.1:50051"}
+    with pytest.raises(UserError, match="will not send a token"):
+        Service(**reached).connect()
+    Service(**reached, allow_plaintext=True).connect().close()
+    flags = ("--backends=10.0.0.1:1", "--port=0", f"--backend_token_file={keys / 'tokens'}")
+    assert "will not send a token to 10.0.0.1:1" in error_line("launch/serve_retrieval.py", *flags)
 
 
 def test_probes_without_tls_have_a_port_of_their_own(served):

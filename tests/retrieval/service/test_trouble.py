@@ -8,7 +8,7 @@ import grpc
 import numpy as np
 import pytest
 from load import Load, queries_of
-from processes_of_service import health, running, standin, wait_ready
+from processes_of_service import front, health, running, standin, wait_ready
 from standin import World
 
 from retro_jax.retrieval.service.client import RetrievalClient, RetrievalError
@@ -108,6 +108,25 @@ def test_a_replica_that_hangs_loses_no_request(start_cluster):
             cluster.shards[0][0].signal(signal.SIGCONT)
         load.check(cluster.world, k=2)
         assert max(outcome.seconds for outcome in load.outcomes) < 5
+
+
+def test_a_front_that_restarts_ends_no_client_s_work(start_cluster):
+    with start_cluster(replicas=1) as cluster, RetrievalClient(cluster.front.address) as client:
+        address, port = cluster.front.address, cluster.front.port
+        with Load(lambda queries: client.search(queries, 2)[0], 2) as load:
+            load.wait(10)
+            cluster.front.kill()
+            again = front(*(group[0] for group in cluster.shards), flags=(f"--port={port}",))
+            with running(again):
+                wait_ready(again)
+                load.wait(20)
+                load.stop()
+        load.check(cluster.world, k=2)
+        # Whether anybody is there at all is known long before the deadline.
+        started = time.monotonic()
+        with pytest.raises(RetrievalError, match="UNAVAILABLE"), RetrievalClient(address, seconds=60) as lost:
+            lost.search(queries_of(0, 1), 2)
+        assert time.monotonic() - started < 20
 
 
 def test_sigterm_drains(start_cluster):
