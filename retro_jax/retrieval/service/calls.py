@@ -113,6 +113,7 @@ class Calls:
             embeds=self._embedding is not None,
             draining=self.draining,
             tokenizer_model=self._source.tokenizer_model("") if request.with_tokenizer and versions else b"",
+            routers=self._source.routers(request.with_routers) if request.with_routers else [],
         ).SerializeToString()
 
     def _search(self, data: bytes, context: grpc.ServicerContext) -> bytes:

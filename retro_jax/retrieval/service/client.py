@@ -321,7 +321,7 @@ class RetrievalClient:
             )
 
     def _ask(self, method: str, request: bytes, replicas: Replicas) -> bytes:
-        (answer,) = ask([replicas], method, request, time.monotonic() + self._seconds)
+        (answer,) = ask([replicas], method, [request], time.monotonic() + self._seconds)
         if isinstance(answer, RefusedError):
             raise RetrievalError(f"{self._name}: {answer.code.name}: {answer.reason}", answer.code)
         return answer

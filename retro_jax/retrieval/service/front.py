@@ -15,6 +15,7 @@ from retro_jax.retrieval.service import retrieval_v1_pb2 as pb
 from retro_jax.retrieval.service.log import Log
 from retro_jax.retrieval.service.metrics import Metrics
 from retro_jax.retrieval.service.replicas import Backend, Patience, Replicas, ask, check_addresses
+from retro_jax.retrieval.service.routing import Routes
 from retro_jax.retrieval.service.security import ClientSecurity
 from retro_jax.retrieval.service.wire import (
     Found,
@@ -31,6 +32,7 @@ from retro_jax.retrieval.service.wire import (
 )
 
 _POLL_SECONDS = 1.0
+_FILE_SECONDS = 10.0  # for a tokenizer or routers
 _DOWN_SECONDS = 3.0  # without an answer to a poll
 # Kept back of a request's time, so that the front's own answer arrives in it.
 _MARGIN_SHARE, _MARGIN_SECONDS = 0.1, 0.25
@@ -77,6 +79,8 @@ class FrontSource:
     shard has that. A version whose servers are gone is left for one that can be answered from; for an earlier one, in
     which removed documents may still be, only when nobody at all has the later one. All shards of an answer are of one
     version.
+
+    A query goes to the parts that have shards it visits; where the routers are not known, to all.
     """
 
     def __init__(
@@ -104,6 +108,7 @@ class FrontSource:
         self._current = ""
         self._known_replicas: dict[tuple, Replicas] = {}
         self._left_out: set[tuple[str, tuple[int, ...]]] = set()
+        self._routes: dict[str, Routes | None] = {}
         self._tokenizers: dict[str, Any] = {}
         self._models: dict[str, bytes] = {}
         self._lock = threading.Lock()
@@ -125,6 +130,7 @@ class FrontSource:
                     self._descriptions[backend] = description
             self._metrics.backend_up.labels(backend.address).set(backend.up)
         self._renew()
+        self._learn_routes()
 
     def _told(self, backend: Backend, trouble: str) -> None:
         """Remembers what a poll has shown of a server; no trouble: it can be asked."""
@@ -154,26 +160,31 @@ class FrontSource:
 
     def search(self, database: str, query: Query, deadline: float) -> Found:
         offer = self._offer(database)
-        request = pb.SearchRequest(
-            vectors=vectors_message(query.vectors, offer.version.embedder),
-            k=query.k,
-            exclude_keys=keys_bytes(query.exclude_keys, len(query.vectors)),
-            database=offer.version.database,
-        ).SerializeToString()
+        n = len(query.vectors)
+        routes = self._routes.get(offer.version.database)
+        visits = np.ones((n, offer.version.num_shards), bool) if routes is None else routes.visits(query)
+        visited = visits.any(0)
+        asked = [(group, np.flatnonzero(visits[:, group.shards].any(1))) for group in offer.groups]
+        asked = [(group, places) for group, places in asked if len(places)]
+        messages: dict[bytes, bytes] = {}  # groups that are asked the same share one
+        for _, places in asked:
+            if (key := places.tobytes()) not in messages:
+                messages[key] = _message(offer, query, places)
+        requests = [messages[places.tobytes()] for _, places in asked]
         now = time.monotonic()
         inner = deadline - min(_MARGIN_SHARE * (deadline - now), _MARGIN_SECONDS)
-        answers = ask([group.replicas for group in offer.groups], "Search", request, inner)
-        parts, lost = [], {shard: "no server holds it" for shard in offer.missing}
+        answers = ask([group.replicas for group, _ in asked], "Search", requests, inner)
+        parts, lost = [], {shard: "no server holds it" for shard in offer.missing if visited[shard]}
         failures = []
-        for group, answer in zip(offer.groups, answers, strict=True):
+        for (group, places), answer in zip(asked, answers, strict=True):
             if isinstance(answer, RefusedError):
                 if answer.code in _OF_THE_REQUEST:
                     raise answer
                 failures.append(answer)
-                lost.update(dict.fromkeys(group.shards, answer.reason))
+                lost.update({shard: answer.reason for shard in group.shards if visited[shard]})
             else:
-                response = parse(pb.SearchResponse, answer)
-                parts.append(read_found(response, len(query.vectors), query.k))
+                found = read_found(parse(pb.SearchResponse, answer), len(places), query.k)
+                parts.append(found.spread(places, n))
         if lost and not (query.allow_partial and parts):
             overload = failures and all(f.code is grpc.StatusCode.RESOURCE_EXHAUSTED for f in failures)
             code = grpc.StatusCode.RESOURCE_EXHAUSTED if overload else grpc.StatusCode.UNAVAILABLE
@@ -213,12 +224,14 @@ class FrontSource:
         offer = self._offer(database)
         fingerprint = offer.version.tokenizer
         if fingerprint not in self._models:
-            request = pb.DescribeRequest(with_tokenizer=True).SerializeToString()
-            response = parse(pb.DescribeResponse, _one(ask([offer.anyone], "Describe", request, time.monotonic() + 10)))
+            response = self._describe(offer, pb.DescribeRequest(with_tokenizer=True))
             if file_fingerprint(response.tokenizer_model) != fingerprint:
                 raise RefusedError(grpc.StatusCode.UNAVAILABLE, "the shard servers are changing to another tokenizer")
             self._models[fingerprint] = response.tokenizer_model
         return self._models[fingerprint]
+
+    def routers(self, database: str) -> list[pb.Router]:
+        return []  # who asks a front need not know
 
     def close(self) -> None:
         for backend in self.backends:
@@ -237,7 +250,11 @@ class FrontSource:
 
     def _fetch(self, offer: _Offer, ids: np.ndarray, with_documents: bool, deadline: float) -> pb.FetchResponse:
         request = pb.FetchRequest(ids=ids.tobytes(), database=offer.version.database, with_documents=with_documents)
-        return parse(pb.FetchResponse, _one(ask([offer.anyone], "Fetch", request.SerializeToString(), deadline)))
+        return parse(pb.FetchResponse, _one(ask([offer.anyone], "Fetch", [request.SerializeToString()], deadline)))
+
+    def _describe(self, offer: _Offer, request: pb.DescribeRequest) -> pb.DescribeResponse:
+        answers = ask([offer.anyone], "Describe", [request.SerializeToString()], time.monotonic() + _FILE_SECONDS)
+        return parse(pb.DescribeResponse, _one(answers))
 
     def _why_not_ready(self) -> str:
         if not self._offers:
@@ -301,6 +318,20 @@ class FrontSource:
         everyone = [backend for backends in holders.values() for backend in backends]
         return _Offer(version, tuple(groups), self._replicas(fingerprint, "chunks", everyone, known))
 
+    def _learn_routes(self) -> None:
+        """Asks for the routers of versions that have come; without them every query is sent to every part."""
+        self._routes = {key: routes for key, routes in self._routes.items() if key in self._offers}
+        for fingerprint, offer in self._offers.items():
+            if fingerprint in self._routes or not offer.anyone.up:
+                continue
+            try:
+                routers = self._describe(offer, pb.DescribeRequest(with_routers=fingerprint)).routers
+                self._routes[fingerprint] = Routes(routers, offer.version) if routers else None
+            except RefusedError as error:
+                if error.code in _OF_THE_REQUEST:  # it will be no other the next time
+                    self._routes[fingerprint] = None
+                self._log.event("router unknown", level="warning", database=fingerprint, reason=error.reason)
+
     def _replicas(
         self, fingerprint: str, name: str, backends: Sequence[Backend], known: dict[tuple, Replicas]
     ) -> Replicas:
@@ -330,6 +361,17 @@ class FrontSource:
             return self._current
         gone = not current.anyone.up
         return next((other for other in complete if gone or not later(self._current, other)), self._current)
+
+
+def _message(offer: _Offer, query: Query, places: np.ndarray) -> bytes:
+    """What a shard server is asked: some of the queries, without what the front does by itself."""
+    keys = None if query.exclude_keys is None else query.exclude_keys[places]
+    return pb.SearchRequest(
+        vectors=vectors_message(query.vectors[places], offer.version.embedder),
+        k=query.k,
+        exclude_keys=keys_bytes(keys, len(places)),
+        database=offer.version.database,
+    ).SerializeToString()
 
 
 def _one(answers: list[bytes | RefusedError]) -> bytes:

@@ -13,6 +13,7 @@ import numpy as np
 
 from retro_jax.errors import UserError
 from retro_jax.retrieval.service import retrieval_v1_pb2 as pb
+from retro_jax.retrieval.service.routing import router_messages
 from retro_jax.retrieval.service.wire import Found, Query, invalid
 
 
@@ -37,6 +38,9 @@ class Holding(Protocol):
 
     def documents(self, ids: np.ndarray) -> list[tuple[str, str]]:
         """(id, title) of the document of each chunk id [n], empty strings for -1; raises as `neighbour_tokens`."""
+
+    def routers(self) -> list[pb.Router]:
+        """Of each part of the index; empty where every query visits every shard."""
 
     def recall(self) -> float | None:
         """Recall at k = 2 of the shards held here on stored queries; None when none are stored."""
@@ -89,6 +93,9 @@ class DatabaseHolding:
     def documents(self, ids: np.ndarray) -> list[tuple[str, str]]:
         self._require_present(ids)
         return self._database.documents(ids)
+
+    def routers(self) -> list[pb.Router]:
+        return router_messages(self._database.indexes)
 
     def recall(self) -> float | None:
         from retro_jax.retrieval.service.self_check import recall

@@ -143,6 +143,9 @@ class LocalSource:
     def tokenizer_model(self, database: str) -> bytes:
         return self._holding(database).tokenizer_model
 
+    def routers(self, database: str) -> list[pb.Router]:
+        return self._holding(database).routers()
+
     def _holding(self, database: str) -> Holding:
         holdings = self._holdings
         if not holdings:

@@ -230,13 +230,15 @@ class Replicas:
         return min(candidates, key=lambda backend: (not backend.up, backend.load, random.random()), default=None)
 
 
-def ask(groups: Sequence[Replicas], method: str, request: bytes, deadline: float) -> list[bytes | RefusedError]:
-    """Asks one replica of every group the same, at a time.
+def ask(
+    groups: Sequence[Replicas], method: str, requests: Sequence[bytes], deadline: float
+) -> list[bytes | RefusedError]:
+    """Asks one replica of every group, at a time.
 
     Args:
       groups: of which one answer each is wanted.
       method: of the service.
-      request: its bytes.
+      requests: bytes of what each group is asked.
       deadline: of time.monotonic; nothing is waited for after it.
 
     Returns:
@@ -245,7 +247,7 @@ def ask(groups: Sequence[Replicas], method: str, request: bytes, deadline: float
     events: queue.SimpleQueue = queue.SimpleQueue()
     open_questions = [
         _Question(group, method, request, deadline, place, events, alone=len(groups) == 1)
-        for place, group in enumerate(groups)
+        for place, (group, request) in enumerate(zip(groups, requests, strict=True))
     ]
     answers: list[bytes | RefusedError] = [None] * len(groups)
     while waiting := [question for question in open_questions if question.answer is None]:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n.retro_jax/retrieval/service/retrieval_v1.proto\x12\x16retro_jax.retrieval.v1\"8\n\x0f\x44\x65scribeRequest\x12\r\n\x05using\x18\x01 \x01(\t\x12\x16\n\x0ewith_tokenizer\x18\x02 \x01(\x08\"\xb0\x01\n\x10\x44\x65scribeResponse\x12\x31\n\x08versions\x18\x01 \x03(\x0b\x32\x1f.retro_jax.retrieval.v1.Version\x12.\n\x06limits\x18\x02 \x01(\x0b\x32\x1e.retro_jax.retrieval.v1.Limits\x12\x0e\n\x06\x65mbeds\x18\x03 \x01(\x08\x12\x10\n\x08\x64raining\x18\x04 \x01(\x08\x12\x17\n\x0ftokenizer_model\x18\x05 \x01(\x0c\"\xf5\x01\n\x07Version\x12\x10\n\x08\x64\x61tabase\x18\x01 \x01(\t\x12\x0e\n\x06\x63orpus\x18\x02 \x01(\t\x12\x10\n\x08\x65mbedder\x18\x03 \x01(\t\x12\x11\n\ttokenizer\x18\x04 \x01(\t\x12\x11\n\tdimension\x18\x05 \x01(\r\x12\x14\n\x0c\x63hunk_length\x18\x06 \x01(\r\x12\x0e\n\x06\x63hunks\x18\x07 \x01(\x03\x12\x12\n\nnum_shards\x18\x08 \x01(\r\x12\x0e\n\x06shards\x18\t \x03(\r\x12\x12\n\nnormalized\x18\n \x01(\x08\x12\x12\n\nmax_length\x18\x0b \x01(\r\x12\x13\n\x06recall\x18\x0c \x01(\x01H\x00\x88\x01\x01\x42\t\n\x07_recall\"\x9c\x01\n\x06Limits\x12\x0f\n\x07queries\x18\x01 \x01(\r\x12\x12\n\nneighbours\x18\x02 \x01(\r\x12\x10\n\x08\x65xcluded\x18\x03 \x01(\r\x12\x0e\n\x06\x63hunks\x18\x04 \x01(\r\x12\x12\n\ntext_bytes\x18\x05 \x01(\r\x12\x15\n\rmessage_bytes\x18\x06 \x01(\r\x12\x0f\n\x07seconds\x18\x07 \x01(\x01\x12\x0f\n\x07results\x18\x08 \x01(\r\"\x8f\x02\n\rSearchRequest\x12\x32\n\x07vectors\x18\x01 \x01(\x0b\x32\x1f.retro_jax.retrieval.v1.VectorsH\x00\x12\x30\n\x06tokens\x18\x02 \x01(\x0b\x32\x1e.retro_jax.retrieval.v1.TokensH\x00\x12.\n\x05texts\x18\x03 \x01(\x0b\x32\x1d.retro_jax.retrieval.v1.TextsH\x00\x12\t\n\x01k\x18\x04 \x01(\r\x12\x14\n\x0c\x65xclude_keys\x18\x05 \x01(\x0c\x12\x10\n\x08\x64\x61tabase\x18\x06 \x01(\t\x12\x15\n\rallow_partial\x18\x07 \x01(\x08\x12\x13\n\x0bwith_tokens\x18\x08 \x01(\x08\x42\t\n\x07queries\">\n\x07Vectors\x12\x0e\n\x06values\x18\x01 \x01(\x0c\x12\x11\n\tdimension\x18\x02 \x01(\r\x12\x10\n\x08\x65mbedder\x18\x03 \x01(\t\"A\n\x06Tokens\x12\x0e\n\x06values\x18\x01 \x01(\x0c\x12\x14\n\x0c\x63hunk_length\x18\x02 \x01(\r\x12\x11\n\ttokenizer\x18\x03 \x01(\t\"\x17\n\x05Texts\x12\x0e\n\x06values\x18\x01 \x03(\t\"\x8f\x01\n\x0eSearchResponse\x12\x10\n\x08\x64\x61tabase\x18\x01 \x01(\t\x12\x0b\n\x03ids\x18\x02 \x01(\x0c\x12\x11\n\tdistances\x18\x03 \x01(\x0c\x12\x0e\n\x06tokens\x18\x04 \x01(\x0c\x12\x16\n\x0emissing_shards\x18\x05 \x03(\r\x12\x12\n\nnum_shards\x18\x06 \x01(\r\x12\x0f\n\x07\x64ropped\x18\x07 \x01(\x03\"E\n\x0c\x46\x65tchRequest\x12\x0b\n\x03ids\x18\x01 \x01(\x0c\x12\x10\n\x08\x64\x61tabase\x18\x02 \x01(\t\x12\x16\n\x0ewith_documents\x18\x03 \x01(\x08\"f\n\rFetchResponse\x12\x10\n\x08\x64\x61tabase\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x01(\x0c\x12\x33\n\tdocuments\x18\x03 \x03(\x0b\x32 .retro_jax.retrieval.v1.Document\"%\n\x08\x44ocument\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05title\x18\x02 \x01(\t2\x99\x02\n\tRetrieval\x12]\n\x08\x44\x65scribe\x12\'.retro_jax.retrieval.v1.DescribeRequest\x1a(.retro_jax.retrieval.v1.DescribeResponse\x12W\n\x06Search\x12%.retro_jax.retrieval.v1.SearchRequest\x1a&.retro_jax.retrieval.v1.SearchResponse\x12T\n\x05\x46\x65tch\x12$.retro_jax.retrieval.v1.FetchRequest\x1a%.retro_jax.retrieval.v1.FetchResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n.retro_jax/retrieval/service/retrieval_v1.proto\x12\x16retro_jax.retrieval.v1\"N\n\x0f\x44\x65scribeRequest\x12\r\n\x05using\x18\x01 \x01(\t\x12\x16\n\x0ewith_tokenizer\x18\x02 \x01(\x08\x12\x14\n\x0cwith_routers\x18\x03 \x01(\t\"\xe1\x01\n\x10\x44\x65scribeResponse\x12\x31\n\x08versions\x18\x01 \x03(\x0b\x32\x1f.retro_jax.retrieval.v1.Version\x12.\n\x06limits\x18\x02 \x01(\x0b\x32\x1e.retro_jax.retrieval.v1.Limits\x12\x0e\n\x06\x65mbeds\x18\x03 \x01(\x08\x12\x10\n\x08\x64raining\x18\x04 \x01(\x08\x12\x17\n\x0ftokenizer_model\x18\x05 \x01(\x0c\x12/\n\x07routers\x18\x06 \x03(\x0b\x32\x1e.retro_jax.retrieval.v1.Router\"s\n\x06Router\x12\x12\n\nnum_shards\x18\x01 \x01(\r\x12\x11\n\tcentroids\x18\x02 \x01(\x0c\x12\x15\n\rshard_of_cell\x18\x03 \x01(\x0c\x12\x16\n\x0e\x63\x65lls_to_visit\x18\x04 \x01(\r\x12\x13\n\x0bshard_sizes\x18\x05 \x03(\x03\"\xf5\x01\n\x07Version\x12\x10\n\x08\x64\x61tabase\x18\x01 \x01(\t\x12\x0e\n\x06\x63orpus\x18\x02 \x01(\t\x12\x10\n\x08\x65mbedder\x18\x03 \x01(\t\x12\x11\n\ttokenizer\x18\x04 \x01(\t\x12\x11\n\tdimension\x18\x05 \x01(\r\x12\x14\n\x0c\x63hunk_length\x18\x06 \x01(\r\x12\x0e\n\x06\x63hunks\x18\x07 \x01(\x03\x12\x12\n\nnum_shards\x18\x08 \x01(\r\x12\x0e\n\x06shards\x18\t \x03(\r\x12\x12\n\nnormalized\x18\n \x01(\x08\x12\x12\n\nmax_length\x18\x0b \x01(\r\x12\x13\n\x06recall\x18\x0c \x01(\x01H\x00\x88\x01\x01\x42\t\n\x07_recall\"\x9c\x01\n\x06Limits\x12\x0f\n\x07queries\x18\x01 \x01(\r\x12\x12\n\nneighbours\x18\x02 \x01(\r\x12\x10\n\x08\x65xcluded\x18\x03 \x01(\r\x12\x0e\n\x06\x63hunks\x18\x04 \x01(\r\x12\x12\n\ntext_bytes\x18\x05 \x01(\r\x12\x15\n\rmessage_bytes\x18\x06 \x01(\r\x12\x0f\n\x07seconds\x18\x07 \x01(\x01\x12\x0f\n\x07results\x18\x08 \x01(\r\"\x8f\x02\n\rSearchRequest\x12\x32\n\x07vectors\x18\x01 \x01(\x0b\x32\x1f.retro_jax.retrieval.v1.VectorsH\x00\x12\x30\n\x06tokens\x18\x02 \x01(\x0b\x32\x1e.retro_jax.retrieval.v1.TokensH\x00\x12.\n\x05texts\x18\x03 \x01(\x0b\x32\x1d.retro_jax.retrieval.v1.TextsH\x00\x12\t\n\x01k\x18\x04 \x01(\r\x12\x14\n\x0c\x65xclude_keys\x18\x05 \x01(\x0c\x12\x10\n\x08\x64\x61tabase\x18\x06 \x01(\t\x12\x15\n\rallow_partial\x18\x07 \x01(\x08\x12\x13\n\x0bwith_tokens\x18\x08 \x01(\x08\x42\t\n\x07queries\">\n\x07Vectors\x12\x0e\n\x06values\x18\x01 \x01(\x0c\x12\x11\n\tdimension\x18\x02 \x01(\r\x12\x10\n\x08\x65mbedder\x18\x03 \x01(\t\"A\n\x06Tokens\x12\x0e\n\x06values\x18\x01 \x01(\x0c\x12\x14\n\x0c\x63hunk_length\x18\x02 \x01(\r\x12\x11\n\ttokenizer\x18\x03 \x01(\t\"\x17\n\x05Texts\x12\x0e\n\x06values\x18\x01 \x03(\t\"\x8f\x01\n\x0eSearchResponse\x12\x10\n\x08\x64\x61tabase\x18\x01 \x01(\t\x12\x0b\n\x03ids\x18\x02 \x01(\x0c\x12\x11\n\tdistances\x18\x03 \x01(\x0c\x12\x0e\n\x06tokens\x18\x04 \x01(\x0c\x12\x16\n\x0emissing_shards\x18\x05 \x03(\r\x12\x12\n\nnum_shards\x18\x06 \x01(\r\x12\x0f\n\x07\x64ropped\x18\x07 \x01(\x03\"E\n\x0c\x46\x65tchRequest\x12\x0b\n\x03ids\x18\x01 \x01(\x0c\x12\x10\n\x08\x64\x61tabase\x18\x02 \x01(\t\x12\x16\n\x0ewith_documents\x18\x03 \x01(\x08\"f\n\rFetchResponse\x12\x10\n\x08\x64\x61tabase\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x01(\x0c\x12\x33\n\tdocuments\x18\x03 \x03(\x0b\x32 .retro_jax.retrieval.v1.Document\"%\n\x08\x44ocument\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05title\x18\x02 \x01(\t2\x99\x02\n\tRetrieval\x12]\n\x08\x44\x65scribe\x12\'.retro_jax.retrieval.v1.DescribeRequest\x1a(.retro_jax.retrieval.v1.DescribeResponse\x12W\n\x06Search\x12%.retro_jax.retrieval.v1.SearchRequest\x1a&.retro_jax.retrieval.v1.SearchResponse\x12T\n\x05\x46\x65tch\x12$.retro_jax.retrieval.v1.FetchRequest\x1a%.retro_jax.retrieval.v1.FetchResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,29 +32,31 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'retro_jax.retrieval.service
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_DESCRIBEREQUEST']._serialized_start=74
-  _globals['_DESCRIBEREQUEST']._serialized_end=130
-  _globals['_DESCRIBERESPONSE']._serialized_start=133
-  _globals['_DESCRIBERESPONSE']._serialized_end=309
-  _globals['_VERSION']._serialized_start=312
-  _globals['_VERSION']._serialized_end=557
-  _globals['_LIMITS']._serialized_start=560
-  _globals['_LIMITS']._serialized_end=716
-  _globals['_SEARCHREQUEST']._serialized_start=719
-  _globals['_SEARCHREQUEST']._serialized_end=990
-  _globals['_VECTORS']._serialized_start=992
-  _globals['_VECTORS']._serialized_end=1054
-  _globals['_TOKENS']._serialized_start=1056
-  _globals['_TOKENS']._serialized_end=1121
-  _globals['_TEXTS']._serialized_start=1123
-  _globals['_TEXTS']._serialized_end=1146
-  _globals['_SEARCHRESPONSE']._serialized_start=1149
-  _globals['_SEARCHRESPONSE']._serialized_end=1292
-  _globals['_FETCHREQUEST']._serialized_start=1294
-  _globals['_FETCHREQUEST']._serialized_end=1363
-  _globals['_FETCHRESPONSE']._serialized_start=1365
-  _globals['_FETCHRESPONSE']._serialized_end=1467
-  _globals['_DOCUMENT']._serialized_start=1469
-  _globals['_DOCUMENT']._serialized_end=1506
-  _globals['_RETRIEVAL']._serialized_start=1509
-  _globals['_RETRIEVAL']._serialized_end=1790
+  _globals['_DESCRIBEREQUEST']._serialized_end=152
+  _globals['_DESCRIBERESPONSE']._serialized_start=155
+  _globals['_DESCRIBERESPONSE']._serialized_end=380
+  _globals['_ROUTER']._serialized_start=382
+  _globals['_ROUTER']._serialized_end=497
+  _globals['_VERSION']._serialized_start=500
+  _globals['_VERSION']._serialized_end=745
+  _globals['_LIMITS']._serialized_start=748
+  _globals['_LIMITS']._serialized_end=904
+  _globals['_SEARCHREQUEST']._serialized_start=907
+  _globals['_SEARCHREQUEST']._serialized_end=1178
+  _globals['_VECTORS']._serialized_start=1180
+  _globals['_VECTORS']._serialized_end=1242
+  _globals['_TOKENS']._serialized_start=1244
+  _globals['_TOKENS']._serialized_end=1309
+  _globals['_TEXTS']._serialized_start=1311
+  _globals['_TEXTS']._serialized_end=1334
+  _globals['_SEARCHRESPONSE']._serialized_start=1337
+  _globals['_SEARCHRESPONSE']._serialized_end=1480
+  _globals['_FETCHREQUEST']._serialized_start=1482
+  _globals['_FETCHREQUEST']._serialized_end=1551
+  _globals['_FETCHRESPONSE']._serialized_start=1553
+  _globals['_FETCHRESPONSE']._serialized_end=1655
+  _globals['_DOCUMENT']._serialized_start=1657
+  _globals['_DOCUMENT']._serialized_end=1694
+  _globals['_RETRIEVAL']._serialized_start=1697
+  _globals['_RETRIEVAL']._serialized_end=1978
 # @@protoc_insertion_point(module_scope)

@@ -7,26 +7,44 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class DescribeRequest(_message.Message):
-    __slots__ = ("using", "with_tokenizer")
+    __slots__ = ("using", "with_tokenizer", "with_routers")
     USING_FIELD_NUMBER: _ClassVar[int]
     WITH_TOKENIZER_FIELD_NUMBER: _ClassVar[int]
+    WITH_ROUTERS_FIELD_NUMBER: _ClassVar[int]
     using: str
     with_tokenizer: bool
-    def __init__(self, using: _Optional[str] = ..., with_tokenizer: bool = ...) -> None: ...
+    with_routers: str
+    def __init__(self, using: _Optional[str] = ..., with_tokenizer: bool = ..., with_routers: _Optional[str] = ...) -> None: ...
 
 class DescribeResponse(_message.Message):
-    __slots__ = ("versions", "limits", "embeds", "draining", "tokenizer_model")
+    __slots__ = ("versions", "limits", "embeds", "draining", "tokenizer_model", "routers")
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     EMBEDS_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_MODEL_FIELD_NUMBER: _ClassVar[int]
+    ROUTERS_FIELD_NUMBER: _ClassVar[int]
     versions: _containers.RepeatedCompositeFieldContainer[Version]
     limits: Limits
     embeds: bool
     draining: bool
     tokenizer_model: bytes
-    def __init__(self, versions: _Optional[_Iterable[_Union[Version, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., embeds: bool = ..., draining: bool = ..., tokenizer_model: _Optional[bytes] = ...) -> None: ...
+    routers: _containers.RepeatedCompositeFieldContainer[Router]
+    def __init__(self, versions: _Optional[_Iterable[_Union[Version, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., embeds: bool = ..., draining: bool = ..., tokenizer_model: _Optional[bytes] = ..., routers: _Optional[_Iterable[_Union[Router, _Mapping]]] = ...) -> None: ...
+
+class Router(_message.Message):
+    __slots__ = ("num_shards", "centroids", "shard_of_cell", "cells_to_visit", "shard_sizes")
+    NUM_SHARDS_FIELD_NUMBER: _ClassVar[int]
+    CENTROIDS_FIELD_NUMBER: _ClassVar[int]
+    SHARD_OF_CELL_FIELD_NUMBER: _ClassVar[int]
+    CELLS_TO_VISIT_FIELD_NUMBER: _ClassVar[int]
+    SHARD_SIZES_FIELD_NUMBER: _ClassVar[int]
+    num_shards: int
+    centroids: bytes
+    shard_of_cell: bytes
+    cells_to_visit: int
+    shard_sizes: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, num_shards: _Optional[int] = ..., centroids: _Optional[bytes] = ..., shard_of_cell: _Optional[bytes] = ..., cells_to_visit: _Optional[int] = ..., shard_sizes: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Version(_message.Message):
     __slots__ = ("database", "corpus", "embedder", "tokenizer", "dimension", "chunk_length", "chunks", "num_shards", "shards", "normalized", "max_length", "recall")

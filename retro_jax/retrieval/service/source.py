@@ -38,3 +38,6 @@ class Source(Protocol):
 
     def tokenizer_model(self, database: str) -> bytes:
         """The tokenizer's file."""
+
+    def routers(self, database: str) -> list[pb.Router]:
+        """Of each part of its index; empty where every query visits every shard."""

@@ -93,6 +93,15 @@ class Found:
     dropped: int = 0
     missing_shards: tuple[int, ...] = ()
 
+    def spread(self, places: np.ndarray, n: int) -> "Found":
+        """The same as an answer to n queries of which these were asked; nothing is found for the others."""
+        if len(places) == n:
+            return self
+        k = self.ids.shape[1]
+        ids, distances = np.full((n, k), -1, np.int64), np.full((n, k), np.inf, np.float32)
+        ids[places], distances[places] = self.ids, self.distances
+        return Found(ids, distances, self.dropped, self.missing_shards)
+
 
 def parse(kind: type[_MessageT], data: bytes) -> _MessageT:
     """A message of this kind.

@@ -106,6 +106,9 @@ class WorldHolding:
     def documents(self, ids):
         return [("", "") if i < 0 else (f"document {i // 5}", f"title {i // 5}") for i in ids]
 
+    def routers(self):
+        return []
+
     def recall(self):
         return 0.96875
 

@@ -4,7 +4,9 @@ import io
 import json
 import subprocess
 import sys
+from concurrent.futures import Future
 
+import grpc
 import pytest
 
 from retro_jax.errors import UserError
@@ -124,14 +126,13 @@ def test_what_gone_servers_said_last_does_not_hold_the_others_back(front):
 def test_a_server_that_still_loads_is_not_asked_and_its_shard_is_named(front, monkeypatch):
     says = {}
 
-    class Answered:
-        def __init__(self, backend: Backend) -> None:
-            self._backend = backend
+    def start(backend: Backend, *_: object) -> Future:
+        answered = Future()
+        answered.code = lambda: grpc.StatusCode.OK
+        answered.set_result(says[backend].SerializeToString())
+        return answered
 
-        def result(self) -> bytes:
-            return says[self._backend].SerializeToString()
-
-    monkeypatch.setattr(Backend, "start", lambda backend, *_: Answered(backend))
+    monkeypatch.setattr(Backend, "start", start)
     versions = [[pb.Version(database="a", num_shards=2, shards=[place % 2])] for place in range(4)]
     for backend, held in zip(front.backends, versions, strict=True):
         says[backend] = pb.DescribeResponse(versions=held)

@@ -18,6 +18,7 @@ from retro_jax.retrieval.embedder import Embedder, EmbeddingSet, embed_corpus
 from retro_jax.retrieval.index_build import build_index
 from retro_jax.retrieval.service import retrieval_v1_pb2 as pb
 from retro_jax.retrieval.service.client import RetrievalClient, RetrievalError
+from retro_jax.retrieval.service.replicas import Patience
 from retro_jax.retrieval.update import remove_documents
 
 WORDS = [
@@ -137,13 +138,50 @@ def test_a_removed_document_is_found_no_more_and_nobody_notices_the_change(datab
                 if client.fingerprint == now.fingerprint:
                     break
             assert client.fingerprint == opened.fingerprint
+        with RetrievalClient(server.address) as client:
             for fetch in (client.neighbour_tokens, client.documents):
                 with pytest.raises(RetrievalError, match="chunk 0 is of a document that was removed") as refused:
-                    fetch(np.array([9, 0]))
+                    fetch(np.array([opened.corpus.num_chunks - 1, 0]))
                 assert refused.value.code is grpc.StatusCode.INVALID_ARGUMENT
             assert client.neighbour_tokens(ids).shape == (8, 5, 32)
         np.testing.assert_array_equal(ids, now.search(vectors, 5)[0])
         assert key not in now.corpus.document_keys(ids)
+
+
+def test_a_dead_shard_fails_only_the_queries_that_visit_it(database, tmp_path):
+    copy = tmp_path / "by-cluster"
+    shutil.copytree(database, copy, ignore=shutil.ignore_patterns("index"))
+    embeddings = EmbeddingSet(copy / "embeddings")
+    build_index(embeddings, copy / "index", num_shards=2, cells=8, cells_to_visit=1, min_recall=0, recall_queries=32)
+    opened = Database.open(copy)
+    numbers = np.arange(opened.corpus.num_chunks)
+    vectors, keys = embeddings.vectors(numbers), opened.corpus.document_keys(numbers)
+    visits = opened.indexes[0].router.visits(vectors, 2 * 2 + 8)
+    alone = [np.flatnonzero(visits[:, shard] & ~visits[:, 1 - shard]) for shard in range(2)]
+    assert min(map(len, alone)) > 5
+    shards = [program(f"--database={copy}", f"--shards={shard}") for shard in range(2)]
+    with running(*shards):
+        asking = front(*shards)
+        with (
+            running(asking),
+            RetrievalClient(asking.address, patience=Patience(attempts=1), allow_partial=True) as partial,
+            RetrievalClient(asking.address, patience=Patience(attempts=1)) as client,
+        ):
+            wait_ready(*shards, asking)
+            for exclude in (None, keys):
+                ids, distances = client.search(vectors, 2, exclude)
+                expected = opened.search(vectors, 2, exclude)
+                assert ids.tobytes() == expected[0].tobytes() and distances.tobytes() == expected[1].tobytes()
+            shards[1].kill()
+            np.testing.assert_array_equal(
+                client.search(vectors[alone[0]], 2)[0], opened.search(vectors[alone[0]], 2)[0]
+            )
+            with pytest.raises(RetrievalError, match="shard 1 of 2: "):
+                client.search(vectors, 2)
+            assert partial.search_found(vectors[alone[0]], 2).missing_shards == ()
+            found = partial.search_found(vectors, 2)
+            assert found.missing_shards == (1,) and (found.ids[alone[1]] == -1).all()
+            np.testing.assert_array_equal(found.ids[alone[0]], opened.search(vectors[alone[0]], 2)[0])
 
 
 def test_recall_is_measured_at_load(served):

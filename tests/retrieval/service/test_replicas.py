@@ -55,16 +55,16 @@ def test_without_a_bound_what_passes_is_waited_for_until_the_deadline(replicas, 
     monkeypatch.setattr("random.uniform", lambda low, high: pauses.append(high) or 1e-6)
     patience = Patience(attempts=None, first_pause=0.02, longest_pause=1.0)
     one = Replicas("one", replicas.backends[:1], patience, None)
-    assert ask([one], "Search", b"", time.monotonic() + 60) == [b"found"]
+    assert ask([one], "Search", [b""], time.monotonic() + 60) == [b"found"]
     assert len(asked) == 2001
     answers = [_Ended(b"", code, "full")] * 10**6
-    (answer,) = ask([one], "Search", b"", time.monotonic() + 0.05)
+    (answer,) = ask([one], "Search", [b""], time.monotonic() + 0.05)
     assert answer.code is code and answer.reason.startswith("127.0.0.1:1: full; asked ")
 
 
 def test_attempts_are_bounded_and_the_last_reason_is_told(replicas):
     started = time.monotonic()
-    (answer,) = ask([replicas], "Search", b"", time.monotonic() + 20)
+    (answer,) = ask([replicas], "Search", [b""], time.monotonic() + 20)
     assert isinstance(answer, RefusedError) and answer.code.name == "UNAVAILABLE"
     assert "127.0.0.1:" in answer.reason and "refused" in answer.reason
     assert time.monotonic() - started < 10

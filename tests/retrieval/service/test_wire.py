@@ -33,7 +33,7 @@ def test_the_generated_code_is_of_the_proto():
             )
             for number, field in message.fields_by_number.items()
         }
-    assert written == generated and len(written) == 12
+    assert written == generated and len(written) == 13
     calls = re.findall(r"rpc (\w+)\((\w+)\) returns \((\w+)\);", text)
     service = pb.DESCRIPTOR.services_by_name["Retrieval"]
     assert calls == [(method.name, method.input_type.name, method.output_type.name) for method in service.methods]
