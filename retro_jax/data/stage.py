@@ -258,8 +258,8 @@ class ShardWriter:
 
 
 def is_finished(directory: str | os.PathLike, name: str) -> bool:
-    """Whether a shard of an unfinished stage was committed, looked up on disk."""
-    return (Path(directory) / (name + _DONE)).is_file()
+    """Whether a shard of an unfinished stage was committed and not taken back, looked up on disk."""
+    return (Path(directory) / (name + _DONE)).is_file() and (Path(directory) / name).is_file()
 
 
 def _read_side_file(path: Path) -> Shard:
@@ -382,8 +382,9 @@ class Stage:
     def drop(self, name: str) -> None:
         """Takes back a shard of an unfinished stage, when it is there."""
         self._shards.pop(name, None)
-        (self.directory / (name + _DONE)).unlink(missing_ok=True)
+        # The side file goes last: of a shard without one nothing would tell, and it would stay in the finished directory.
         (self.directory / name).unlink(missing_ok=True)
+        (self.directory / (name + _DONE)).unlink(missing_ok=True)
 
     def drop_folder(self, name: str) -> None:
         """Takes back the shards of a folder of an unfinished stage, when it is there, and what else it holds."""

@@ -1,5 +1,6 @@
 import errno
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -199,6 +200,31 @@ def test_side_files_left_by_a_kill_behind_the_manifest_are_removed(tmp_path):
         (tmp_path / "stage" / name).write_text("{}")
     run_stage(tmp_path / "stage")
     assert files(tmp_path / "stage") == before
+
+
+def test_a_kill_while_a_shard_is_taken_back_leaves_nothing_of_it(tmp_path, monkeypatch):
+    def build():
+        with Stage(tmp_path / "stage", "parts", settings=SETTINGS, inputs={}) as stage:
+            for name in ("help.txt", "part.txt"):
+                if not stage.has("part.txt"):
+                    with stage.shard(name) as (path, _):
+                        path.write_text(name)
+            stage.keep(["part.txt"])
+            stage.finish({})
+
+    unlink = Path.unlink
+
+    def unlink_and_die(path, **options):
+        unlink(path, **options)
+        if path.name.startswith("help.txt"):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", unlink_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            build()
+    build()
+    assert files(tmp_path / "stage") == ["manifest.json", "part.txt"]
 
 
 def write_pair(writer, text, meanwhile=lambda: None):
