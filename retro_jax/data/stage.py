@@ -382,7 +382,7 @@ class Stage:
     def drop(self, name: str) -> None:
         """Takes back a shard of an unfinished stage, when it is there."""
         self._shards.pop(name, None)
-        # The side file goes last: of a shard without one nothing would tell, and it would stay in the finished directory.
+        # The side file goes last: a shard without one would be taken for nothing of this stage, and stay.
         (self.directory / name).unlink(missing_ok=True)
         (self.directory / (name + _DONE)).unlink(missing_ok=True)
 
