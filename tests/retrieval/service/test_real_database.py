@@ -141,7 +141,7 @@ def test_a_removed_document_is_found_no_more_and_nobody_notices_the_change(datab
         with RetrievalClient(server.address) as client:
             for fetch in (client.neighbour_tokens, client.documents):
                 with pytest.raises(RetrievalError, match="chunk 0 is of a document that was removed") as refused:
-                    fetch(np.array([9, 0]))
+                    fetch(np.array([opened.corpus.num_chunks - 1, 0]))
                 assert refused.value.code is grpc.StatusCode.INVALID_ARGUMENT
             assert client.neighbour_tokens(ids).shape == (8, 5, 32)
         np.testing.assert_array_equal(ids, now.search(vectors, 5)[0])
