@@ -277,8 +277,8 @@ def test_an_export_holds_less_than_two_of_its_files(tmp_path):
     assert first.read_bytes() == third.read_bytes()
 
 
-@pytest.mark.parametrize("config", [LLAMA, GPT_2], ids=["llama", "gpt-2"])
-def test_of_a_run_one_array_is_held_at_a_time(tmp_path, given, monkeypatch, config):
+@pytest.mark.parametrize(("config", "export", "count"), [(LLAMA, export_native, 1), (GPT_2, export_huggingface, 3)])
+def test_of_a_run_one_array_is_held_at_a_time(tmp_path, given, monkeypatch, config, export, count):
     """Of GPT-2's three, whose query, key and value are one tensor."""
     opened, held, most, on_devices = checkpoint_module.open_params, weakref.WeakValueDictionary(), 0, 0
 
@@ -299,7 +299,5 @@ def test_of_a_run_one_array_is_held_at_a_time(tmp_path, given, monkeypatch, conf
     source = open_checkpoint(write_run(tmp_path / "run", pretrained(config, given)))
     gc.collect()
     before = len(jax.live_arrays())
-    export_native(source, tmp_path / "native", name="Test")
-    assert most == 1 and not held and on_devices <= before + 1
-    export_huggingface(source, tmp_path / "hub", name="Test")
-    assert most == (3 if config is GPT_2 else 1) and not held and on_devices <= before + 1
+    export(source, tmp_path / "model", name="Test")
+    assert most == count and not held and on_devices <= before + 1
