@@ -18,9 +18,9 @@ from absl import flags
 from retro_jax import program
 from retro_jax.data.answer_rows import RowLayout, stored_layout
 from retro_jax.data.questions import Question, read_questions
-from retro_jax.data.stage import write_json
 from retro_jax.errors import UserError
 from retro_jax.evaluation.question_answering import best_step, evaluate_answers, table
+from retro_jax.files import write_json
 from retro_jax.training.checkpoint import saved_steps
 from retro_jax.training.trained import TrainedRun, load_trained
 from retro_jax.training.workdir import CHECKPOINTS

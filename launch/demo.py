@@ -13,8 +13,8 @@ from pathlib import Path
 from absl import flags
 
 from retro_jax import program
-from retro_jax.data.stage import atomic_write
 from retro_jax.evaluation.report import render
+from retro_jax.files import atomic_write
 from retro_jax.pipeline import Pipeline
 from retro_jax.training.metrics import read_metrics
 

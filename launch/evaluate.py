@@ -28,7 +28,6 @@ from absl import flags
 
 from retro_jax import program
 from retro_jax.data.corpus import Corpus
-from retro_jax.data.stage import write_json
 from retro_jax.data.text import METADATA_KEYS
 from retro_jax.errors import UserError
 from retro_jax.evaluation.bits_per_byte import document_groups, document_scores
@@ -45,6 +44,7 @@ from retro_jax.evaluation.suite import KS, MODES, SHARES, Methods, Model, Settin
 from retro_jax.evaluation.suite_report import write_report
 from retro_jax.evaluation.suite_results import load_results, side_by_side
 from retro_jax.evaluation.table import format_table
+from retro_jax.files import write_json
 from retro_jax.parallel import hosts
 from retro_jax.retrieval.database import Database
 from retro_jax.retrieval.neighbours import NeighbourTable

@@ -13,11 +13,11 @@ from pathlib import Path
 from absl import flags
 
 from retro_jax import program
-from retro_jax.data.stage import atomic_write
 from retro_jax.errors import UserError
 from retro_jax.explorer.explorer import Explorer
 from retro_jax.explorer.page import render
 from retro_jax.explorer.session import Limits, Session
+from retro_jax.files import atomic_write
 from retro_jax.inference.decoding import Decoding
 from retro_jax.inference.neighbours import ON_FAILURE
 from retro_jax.training.trained import load_trained

@@ -24,9 +24,9 @@ from typing import Any
 from absl import flags
 
 from retro_jax import program
-from retro_jax.data.stage import atomic_write, file_sha256
 from retro_jax.errors import UserError
 from retro_jax.evaluation.question_answering import table
+from retro_jax.files import atomic_write, file_sha256
 from retro_jax.interop.checkpoint import open_base
 from retro_jax.pipeline import Pipeline
 from retro_jax.training.workdir import TOKENIZER

@@ -18,9 +18,9 @@ from pathlib import Path
 from absl import flags
 
 from retro_jax import program
-from retro_jax.data.stage import atomic_write, write_json
 from retro_jax.errors import UserError
 from retro_jax.evaluation.retrofit_curve import markdown_table, plot, retrofit_curve
+from retro_jax.files import atomic_write, write_json
 from retro_jax.pipeline import Pipeline
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -19,8 +19,8 @@ from typing import Any
 from absl import flags
 
 from retro_jax import program
-from retro_jax.data.stage import write_json
 from retro_jax.errors import UserError
+from retro_jax.files import write_json
 from retro_jax.inference.decoding import Decoding
 from retro_jax.inference.neighbours import ON_FAILURE, RetrievedChunk
 from retro_jax.inference.sampling import Request, Sampler

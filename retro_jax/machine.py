@@ -1,7 +1,10 @@
-"""What a machine is: its processor, cores and memory, and what its cores can do."""
+"""What a program runs on: processor, cores, memory, versions of packages, the commit that is checked out."""
 
+import importlib.metadata
 import os
 import platform
+import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 _CPUINFO = Path("/proc/cpuinfo")
@@ -10,9 +13,34 @@ _BFLOAT16 = ("avx512_bf16", "amx_bf16")
 
 def description() -> str:
     """Processor, cores and memory, for people."""
-    processor = _cpuinfo("model name") or platform.processor() or platform.machine()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return f"{processor}, {os.cpu_count()} cores, {memory / 2**30:.0f} GiB"
+    return f"{processor()}, {os.cpu_count()} cores, {memory / 2**30:.0f} GiB"
+
+
+def processor() -> str:
+    """The processor's name, else its architecture."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Package to version, of those that are installed."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit(root: Path) -> str | None:
+    """The commit that is checked out, with `-dirty` when files differ from it; None where there is no repository."""
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return result.stdout.strip() or None
 
 
 def multiplies_bfloat16() -> bool:

@@ -1,6 +1,5 @@
 """A pipeline of the project's own programs, each a process, as `make demo` and `make results` run them."""
 
-import importlib.metadata
 import json
 import platform
 import shlex
@@ -13,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from retro_jax import machine
-from retro_jax.data.stage import file_sha256, write_json
 from retro_jax.errors import UserError
+from retro_jax.files import file_sha256, write_json
 from retro_jax.parallel.topology import WITHOUT_TPU
 
 STAGES = "stages.json"
@@ -57,7 +56,7 @@ class Pipeline:
         self._environment = {"JAX_COMPILATION_CACHE_DIR": str((work / "compiled").absolute()), **environment}
         if not (list(Path("/dev").glob("accel*")) or Path("/dev/vfio").exists()):  # as TPUs show themselves
             self._environment = {**WITHOUT_TPU, **self._environment}
-        self._made_by = {"commit": _commit(root), "machine": machine.description()}
+        self._made_by = {"commit": machine.commit(root) or "unknown", "machine": machine.description()}
         records = json.loads(self._path.read_text(encoding="utf-8")) if self._path.is_file() else []
         self._records: dict[str, dict[str, Any]] = {record["stage"]: record for record in records}
         self._started: dict[str, dict[str, Any]] = {}
@@ -109,14 +108,14 @@ class Pipeline:
 
         Returns:
           command, commits, machines, Python and packages; checksums of the text, SHA-256; the seeds; of every stage its
-          command and seconds. A commit with "and changes" was not what ran.
+          command and seconds. What ran differs from a commit that is `-dirty`.
         """
         records = list(self._started.values())
         return {
             "command": self._command,
             **{f"{key}s": sorted({record[key] for record in records if key in record}) for key in self._made_by},
             "python": platform.python_version(),
-            "packages": _versions(),
+            "packages": machine.versions(_PACKAGES),
             "seeds": dict(seeds),
             "text": {name: file_sha256(path) for name, path in text.items()},
             "stages": [{key: record[key] for key in ("stage", "command", "seconds")} for record in records],
@@ -161,28 +160,3 @@ def _attend(command: list[str], environment: Mapping[str, str], note: Callable[[
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _commit(root: Path) -> str:
-    """The commit of the repository that a directory is the root of; "unknown" where there is none."""
-    found = []
-    for arguments in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no")):
-        try:
-            git = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
-        except FileNotFoundError:
-            return "unknown"
-        if git.returncode:
-            return "unknown"
-        found.append(git.stdout.strip())
-    return f"{found[0]} and changes" if found[1] else found[0]
-
-
-def _versions() -> dict[str, str]:
-    """Package to version, of those that are installed."""
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions

@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from retro_jax.data.stage import TEMPORARY, write_json
 from retro_jax.errors import UserError
 from retro_jax.evaluation.bootstrap import FEWEST_UNITS
+from retro_jax.files import TEMPORARY, write_json
 
 LIMIT_BYTES = 4_000_000
 PROVENANCE = "provenance.json"

@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from retro_jax.data.stage import file_sha256
 from retro_jax.errors import UserError
+from retro_jax.files import file_sha256
 from retro_jax.pipeline import Pipeline
 
 # Writes its name and flags down; --fail=STATUS, --save=FILE: waits for SIGTERM, then writes the file.
@@ -161,6 +161,6 @@ def test_the_commit_is_told_and_whether_the_files_are_its_own(work):
     with open(work / "first.py", "a") as file:
         file.write("\n")
     pipeline(work).run("changed", "first.py")
-    assert records(work)["changed"]["commit"] == f"{commit} and changes"
+    assert records(work)["changed"]["commit"] == f"{commit}-dirty"
     pipeline(work).run("clean", "first.py")
     assert records(work)["clean"]["commit"] == commit

@@ -25,11 +25,9 @@ million vectors, those beyond the real ones made of them. `service` asks a datab
 """
 
 import dataclasses
-import importlib.metadata
 import json
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -54,7 +52,7 @@ from benchmarks import (
     train,
 )
 
-from retro_jax import program
+from retro_jax import machine, program
 from retro_jax.config import DataConfig, OptimizerConfig, TrainConfig
 from retro_jax.data.corpus import Corpus
 from retro_jax.data.records import SequenceSchema
@@ -353,35 +351,16 @@ def _report(line: dict[str, Any]) -> None:
             {
                 "benchmark": benchmark,
                 "shape": _SHAPE.value,
-                "commit": _commit(),
+                "commit": machine.commit(ROOT),
                 **line,
                 "environment": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
-                "processor": _processor(),
+                "processor": machine.processor(),
                 "python": platform.python_version(),
-                **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
+                **machine.versions(("jax", "jaxlib", "flax")),
             }
         ),
         flush=True,
     )
-
-
-def _commit() -> str | None:
-    """What is checked out, `-dirty` when files differ from it; None outside a repository."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return None
-    return result.stdout.strip() or None
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.machine()
-    names = {line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")}
-    return ", ".join(sorted(names)) or platform.machine()
 
 
 BENCHMARKS = {

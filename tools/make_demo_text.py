@@ -18,9 +18,9 @@ from pathlib import Path
 from absl import flags
 
 from retro_jax import program
-from retro_jax.data.stage import atomic_write
 from retro_jax.data.text import Document, read_documents
 from retro_jax.errors import UserError
+from retro_jax.files import atomic_write
 
 _INPUT = flags.DEFINE_string("input", None, "documents (.jsonl)", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "directory for the four files", required=True)

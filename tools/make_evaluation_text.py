@@ -24,10 +24,10 @@ from typing import Any
 from absl import flags
 
 from retro_jax import program
-from retro_jax.data.stage import atomic_write
 from retro_jax.data.text import read_lines
 from retro_jax.errors import UserError
 from retro_jax.evaluation.wikitext import articles
+from retro_jax.files import atomic_write
 
 # Fields of a line of each kind, and what makes a document of them.
 LINES = {

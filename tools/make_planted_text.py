@@ -21,8 +21,8 @@ from pathlib import Path
 from absl import flags
 
 from retro_jax import program
-from retro_jax.data.stage import atomic_write
 from retro_jax.errors import UserError
+from retro_jax.files import atomic_write
 
 _OUTPUT = flags.DEFINE_string("output", None, "directory for the files", required=True)
 _PEOPLE = flags.DEFINE_integer("people", 1500, "people of train.jsonl", lower_bound=1)

@@ -17,9 +17,10 @@ from pathlib import Path
 from absl import flags
 
 from retro_jax import program
-from retro_jax.data.stage import atomic_write, shard_name
+from retro_jax.data.stage import shard_name
 from retro_jax.data.text import Document, expand_inputs, read_documents, read_lines
 from retro_jax.errors import UserError
+from retro_jax.files import atomic_write
 
 _INPUT = flags.DEFINE_list("input", None, "Files of documents; glob patterns are expanded.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "The chosen documents (.jsonl).", required=True)

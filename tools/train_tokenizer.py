@@ -12,9 +12,9 @@ from pathlib import Path
 from absl import flags
 
 from retro_jax.data.sources import Source, exclusion_files
-from retro_jax.data.stage import file_sha256
 from retro_jax.data.text import ReadCounts, common_root, expand_inputs
 from retro_jax.data.tokenizer import MODEL_TYPES, train_tokenizer
+from retro_jax.files import file_sha256
 from retro_jax.program import run
 
 _INPUT = flags.DEFINE_list("input", None, "files or glob patterns, separated by commas", required=True)

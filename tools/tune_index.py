@@ -14,8 +14,8 @@ import os
 import numpy as np
 from absl import flags
 
-from retro_jax.data.stage import write_json
 from retro_jax.errors import UserError
+from retro_jax.files import write_json
 from retro_jax.program import run
 from retro_jax.progress import Progress
 

@@ -22,10 +22,11 @@ import numpy as np
 from retro_jax.data.corpus import TOKENIZER_FILE
 from retro_jax.data.questions import Passage, Question, read_questions
 from retro_jax.data.records import SequenceSchema
-from retro_jax.data.stage import Manifest, Stage, file_sha256, load_manifest, shard_name
+from retro_jax.data.stage import Manifest, Stage, load_manifest, shard_name
 from retro_jax.data.tfrecord import RecordWriter
 from retro_jax.data.tokenizer import Tokenizer
 from retro_jax.errors import require
+from retro_jax.files import file_sha256
 from retro_jax.progress import Progress
 
 _PASSAGES_KEPT = 100_000

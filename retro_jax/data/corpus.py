@@ -18,10 +18,11 @@ from retro_jax.data.arrays import files_of, save_array
 from retro_jax.data.chunking import TOTALS, write_chunks
 from retro_jax.data.distribute import BeamOptions, Unit, WorkersError, distribute
 from retro_jax.data.sources import Source, exclusion_files, repeated_rows, write_digests
-from retro_jax.data.stage import Manifest, Stage, file_sha256, load_manifest, shard_name, verify_checksums
+from retro_jax.data.stage import Manifest, Stage, load_manifest, shard_name, verify_checksums
 from retro_jax.data.text import common_root, relative_names
 from retro_jax.data.tokenizer import PAD_ID, Tokenizer
 from retro_jax.errors import UserError
+from retro_jax.files import file_sha256
 
 TOKENIZER_FILE = "tokenizer.model"
 

@@ -25,8 +25,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from retro_jax.data.stage import TEMPORARY, ShardWriter, Stage, is_finished
+from retro_jax.data.stage import ShardWriter, Stage, is_finished
 from retro_jax.errors import UserError
+from retro_jax.files import TEMPORARY
 from retro_jax.progress import Progress
 
 LOCAL = "local"

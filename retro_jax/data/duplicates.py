@@ -25,9 +25,10 @@ from retro_jax.data.arrays import ArrayWriter, save_array
 from retro_jax.data.distribute import BeamOptions, Unit, WorkersError, distribute
 from retro_jax.data.shingles import BANDS, ROWS, band_keys, jaccard, shingles
 from retro_jax.data.sources import Source
-from retro_jax.data.stage import Manifest, ShardWriter, Stage, file_sha256, fingerprint, shard_name
+from retro_jax.data.stage import Manifest, ShardWriter, Stage, fingerprint, shard_name
 from retro_jax.data.text import Document, ReadCounts, common_root, relative_names
 from retro_jax.errors import UserError
+from retro_jax.files import file_sha256
 
 MODES = ("auto", "exact", "minhash")
 TABLE_LIMIT = 100_000_000

@@ -16,20 +16,19 @@ import errno
 import hashlib
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from retro_jax.errors import UserError
+from retro_jax.files import TEMPORARY, atomic_write, file_sha256, sync, temporary_name, write_json
 from retro_jax.lock import LOCK, DirectoryLock
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
 _DONE = ".done.json"
-TEMPORARY = ".tmp-"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,44 +72,9 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def file_sha256(path: str | os.PathLike) -> str:
-    """SHA-256 of a file, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def shard_name(stem: str, index: int, count: int, suffix: str) -> str:
     """`stem-00000-of-00004.suffix`, the customary name of shard `index` of `count`."""
     return f"{stem}-{index:05d}-of-{count:05d}{suffix}"
-
-
-@contextlib.contextmanager
-def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; on success flushes it to disk and renames it to `path`.
-
-    On any exception the temporary file is removed and `path` is left as it was; that of a full disk names `path`.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(_temporary_name(path.name))
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_directory(path.parent)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename in (None, str(temporary)):
-            error.filename = str(path)
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Writes `value` as indented JSON by atomic rename."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def load_manifest(directory: str | os.PathLike, stage: str, *, whole: bool = True) -> Manifest:
@@ -231,7 +195,7 @@ class ShardWriter:
         Raises:
           UserError: the run that this writer belongs to is over.
         """
-        temporary = self.directory / _temporary_name(name)
+        temporary = self.directory / temporary_name(name)
         temporary.mkdir()
         inside = ShardWriter(temporary)
         inside._run, inside._prefix = self._run, f"{name}/"
@@ -243,7 +207,7 @@ class ShardWriter:
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
-            _sync_directory(self.directory)
+            sync(self.directory)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -390,7 +354,7 @@ class Stage:
         """Takes back the shards of a folder of an unfinished stage, when it is there, and what else it holds."""
         for shard in [shard for shard in self._shards if shard.startswith(f"{name}/")]:
             del self._shards[shard]
-        temporary = self.directory / _temporary_name(name)
+        temporary = self.directory / temporary_name(name)
         with contextlib.suppress(FileNotFoundError):
             os.rename(self.directory / name, temporary)  # at once: half a folder could pass for a whole one
         shutil.rmtree(temporary, ignore_errors=True)
@@ -467,15 +431,3 @@ def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any,
             yield from _differences(old.get(key, "absent"), new.get(key, "absent"), where)
     elif old != new:
         yield path, old, new
-
-
-def _temporary_name(name: str) -> str:
-    return f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}-{name}"
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

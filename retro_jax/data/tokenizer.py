@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from retro_jax.data.stage import atomic_write, file_sha256
 from retro_jax.data.vocabularies import PROBE, SPACE_MARK, lossy, read_vocabulary
 from retro_jax.errors import UserError
+from retro_jax.files import atomic_write, file_sha256
 
 PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
 MODEL_TYPES = ("unigram", "bpe")

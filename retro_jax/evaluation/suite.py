@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from retro_jax.data.stage import write_json
 from retro_jax.errors import UserError
 from retro_jax.evaluation.bits_per_byte import document_scores
 from retro_jax.evaluation.completions import completion_scores, padded_losses
@@ -25,6 +24,7 @@ from retro_jax.evaluation.methods import Method
 from retro_jax.evaluation.neighbourhood import Neighbourhood
 from retro_jax.evaluation.passes import document_keys, scored_spans
 from retro_jax.evaluation.suite_results import RESULTS
+from retro_jax.files import write_json
 from retro_jax.model.parameters import count_parameters
 from retro_jax.retrieval.database import Database
 from retro_jax.training.trained import TrainedRun

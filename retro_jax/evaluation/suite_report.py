@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from retro_jax.data.stage import atomic_write
 from retro_jax.evaluation.plots import interval_plot, line_plot
 from retro_jax.evaluation.suite_results import Results, divided
 from retro_jax.evaluation.suite_tables import (
@@ -17,6 +16,7 @@ from retro_jax.evaluation.suite_tables import (
     scores_table,
     sweep_table,
 )
+from retro_jax.files import atomic_write
 
 _PAGE = Path(__file__).with_name("report.html")
 _SWEEPS = {

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 
 from retro_jax.config import MeshConfig, RetroConfig
-from retro_jax.data.stage import file_sha256
 from retro_jax.data.tokenizer import Tokenizer
 from retro_jax.errors import UserError
+from retro_jax.files import file_sha256
 from retro_jax.interop.architectures import base_settings, with_context
 from retro_jax.interop.huggingface import CONFIG, read_json
 from retro_jax.interop.pretrained import TOKENIZER_FILES, Opened, is_run, open_pretrained

@@ -17,9 +17,9 @@ import numpy as np
 from tqdm import tqdm
 
 from retro_jax.config import RetroConfig, to_dict
-from retro_jax.data.stage import TEMPORARY, write_json
 from retro_jax.data.tokenizer import Tokenizer
 from retro_jax.errors import UserError
+from retro_jax.files import TEMPORARY, sync, write_json
 from retro_jax.interop.architectures import with_context, write_config
 from retro_jax.interop.card import model_card
 from retro_jax.interop.huggingface import CONFIG
@@ -66,9 +66,9 @@ def new_directory(path: str | os.PathLike) -> Iterator[Path]:
             try:
                 yield temporary
                 for written in (*temporary.rglob("*"), temporary):
-                    _sync(written)
+                    sync(written)
                 os.replace(temporary, path)
-                _sync(path.parent)
+                sync(path.parent)
             finally:
                 _clear(workshop)
     finally:
@@ -85,15 +85,6 @@ def _clear(workshop: Path) -> None:
     for left in workshop.iterdir():
         if left.name != LOCK:
             shutil.rmtree(left)
-
-
-def _sync(path: Path) -> None:
-    """Has the disk take a file, or the names in a directory."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def export_native(source: Source, path: str | os.PathLike, *, name: str) -> None:

@@ -22,8 +22,8 @@ from flax import nnx
 from jax import export
 
 from retro_jax.config import RetroConfig
-from retro_jax.data.stage import write_json
 from retro_jax.errors import UserError
+from retro_jax.files import write_json
 from retro_jax.interop.export import Source, new_directory, write_native
 from retro_jax.interop.tensors import Tensors
 from retro_jax.model.incremental import Distances, split_incremental

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from retro_jax.data.stage import atomic_write, write_json
 from retro_jax.errors import UserError
+from retro_jax.files import atomic_write, write_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -179,8 +179,6 @@ def write_tensors(
                 file.write(array.reshape(-1).view(np.uint8).data)
                 progress(array.nbytes)
                 del array  # before the next is read
-            file.flush()
-            os.fsync(file.fileno())
     if len(shards) > 1:
         total = sum(_bytes(*shapes[key]) for key in shapes)
         places = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}

@@ -130,13 +130,7 @@ def assemble(config: RetroConfig, read: Callable[[str], Any]) -> nnx.State:
     """
     state = []
     for path, param in nnx.to_flat_state(abstract_parameters(config)):
-        whole = np.empty(param.shape, param.dtype)
-        for name, index in _names(path, config):
-            place, value = whole if index is None else whole[index], read(name)
-            if value.shape != place.shape:
-                raise UserError(f"parameter {name} has shape {value.shape}, the configuration needs {place.shape}")
-            place[...] = value
-        state.append((path, param.replace(jnp.asarray(whole))))
+        state.append((path, param.replace(jnp.asarray(_gathered(path, param, config, read)))))
     return nnx.from_flat_state(state)
 
 
@@ -158,19 +152,21 @@ def fill_layers(params: nnx.State, config: RetroConfig, give: Callable[[str], An
     for path, param in sorted(nnx.to_flat_state(params), key=lambda item: _kind(item[0], config)):
         wanted = param.get_value()
         if isinstance(wanted, jax.ShapeDtypeStruct):
-            param = param.replace(_placed(path, wanted, config, give))
+            whole = _gathered(path, wanted, config, give)
+            param = param.replace(jax.make_array_from_callback(whole.shape, wanted.sharding, whole.__getitem__))
         state.append((path, param))
     return nnx.from_flat_state(state)
 
 
-def _placed(path: Path, wanted: jax.ShapeDtypeStruct, config: RetroConfig, give: Callable[[str], Any]) -> jax.Array:
+def _gathered(path: Path, wanted: Any, config: RetroConfig, give: Callable[[str], Any]) -> np.ndarray:
+    """The array at a path, of the shape and dtype of `wanted`, made of those of its layers."""
     whole = np.empty(wanted.shape, wanted.dtype)
     for name, index in _names(path, config):
         place, value = whole if index is None else whole[index], give(name)
         if value.shape != place.shape:
             raise UserError(f"parameter {name} has shape {value.shape}, the configuration needs {place.shape}")
         place[...] = value
-    return jax.make_array_from_callback(whole.shape, wanted.sharding, whole.__getitem__)
+    return whole
 
 
 def _kind(path: Path, config: RetroConfig) -> str:

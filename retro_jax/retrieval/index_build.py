@@ -17,8 +17,9 @@ import numpy as np
 
 from retro_jax.data.arrays import ArrayWriter, save_array
 from retro_jax.data.distribute import BeamOptions, Unit, distribute
-from retro_jax.data.stage import TEMPORARY, Manifest, ShardWriter, Stage, shard_name
+from retro_jax.data.stage import Manifest, ShardWriter, Stage, shard_name
 from retro_jax.errors import UserError
+from retro_jax.files import TEMPORARY
 from retro_jax.retrieval.embedder import EmbeddingSet
 from retro_jax.retrieval.index import (
     CENTROIDS,

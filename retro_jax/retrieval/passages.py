@@ -16,8 +16,9 @@ import numpy as np
 
 from retro_jax.data.answers import contains_answer
 from retro_jax.data.questions import PARTS, Passage, Question, part_of, read_questions
-from retro_jax.data.stage import Manifest, Stage, file_sha256
+from retro_jax.data.stage import Manifest, Stage
 from retro_jax.errors import UserError, require
+from retro_jax.files import file_sha256
 from retro_jax.progress import Progress
 from retro_jax.retrieval.bm25 import Bm25
 from retro_jax.retrieval.database import Database

@@ -23,9 +23,10 @@ import numpy as np
 from retro_jax.data.arrays import save_array
 from retro_jax.data.corpus import Corpus, DocumentRecord
 from retro_jax.data.ranges import in_ranges, merge_ranges
-from retro_jax.data.stage import atomic_write, file_sha256, fingerprint, write_json
+from retro_jax.data.stage import fingerprint
 from retro_jax.data.tokenizer import Tokenizer
 from retro_jax.errors import UserError
+from retro_jax.files import atomic_write, file_sha256, write_json
 
 SEGMENTS = "segments.json"
 ADDITIONS = "additions"

@@ -12,7 +12,6 @@ all communication overlapped, and their sum. It is an optimist's figure: no inst
 
 import collections
 import dataclasses
-import importlib.metadata
 import math
 import re
 import time
@@ -21,6 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from retro_jax import machine
 from retro_jax.config import TrainConfig
 from retro_jax.parallel import rules
 from retro_jax.parallel.chips import Chip
@@ -369,7 +369,7 @@ def _replicated(plan: ModelPlan) -> float:
 
 def _versions(topology: Topology) -> dict[str, str]:
     names = ("jax", "jaxlib") if topology.chip is None else ("jax", "jaxlib", "libtpu")
-    return {name: importlib.metadata.version(name) for name in names}
+    return machine.versions(names)
 
 
 def _written(sizes: Any) -> str:

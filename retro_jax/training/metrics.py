@@ -10,8 +10,8 @@ from pathlib import Path
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 
-from retro_jax.data.stage import atomic_write
 from retro_jax.data.tfrecord import RecordWriter
+from retro_jax.files import atomic_write
 from retro_jax.training.lines import LineWriter, read_lines
 
 FILE = "metrics.jsonl"

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from retro_jax.config import TrainConfig, from_dict, to_dict
-from retro_jax.data.stage import TEMPORARY, atomic_write, file_sha256, write_json
 from retro_jax.errors import UserError
+from retro_jax.files import TEMPORARY, atomic_write, file_sha256, write_json
 from retro_jax.lock import LOCK, DirectoryLock
 
 CONFIG = "config.json"

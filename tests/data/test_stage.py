@@ -7,16 +7,9 @@ import pytest
 
 from retro_jax.data import stage as stage_module
 from retro_jax.data.arrays import save_array
-from retro_jax.data.stage import (
-    ShardWriter,
-    Stage,
-    atomic_write,
-    load_manifest,
-    shard_name,
-    verify_checksums,
-    write_json,
-)
+from retro_jax.data.stage import ShardWriter, Stage, load_manifest, shard_name, verify_checksums
 from retro_jax.errors import UserError
+from retro_jax.files import atomic_write, write_json
 
 NAMES = [shard_name("part", i, 3, ".txt") for i in range(3)]
 SETTINGS = {"size": 7, "nested": {"seed": 0}}

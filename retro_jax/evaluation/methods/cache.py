@@ -16,7 +16,7 @@ from retro_jax.evaluation.methods.activations import Predicted, predictions
 from retro_jax.evaluation.methods.knn_lm import predicted_text
 from retro_jax.evaluation.methods.method import MethodContext
 from retro_jax.evaluation.methods.mixture import best_mixture, log_sum, mix
-from retro_jax.evaluation.methods.tuned import Evidence, Other, TunedMethod
+from retro_jax.evaluation.methods.tuned import Evidence, Mixture, Other
 
 # theta times the mean squared length of the states.
 _SHARPNESS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
@@ -24,7 +24,7 @@ _FIXED = {"weight": 0.1, "theta": 4.0}
 _QUERIES_AT_ONCE = 256
 
 
-class ContinuousCache(TunedMethod):
+class ContinuousCache(Mixture):
     """p = lambda p_cache + (1 - lambda) p_LM; lambda and theta are tuned."""
 
     name = "cache"

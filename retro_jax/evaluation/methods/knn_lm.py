@@ -14,7 +14,7 @@ from retro_jax.evaluation.methods.activations import Predicted, predictions
 from retro_jax.evaluation.methods.datastore import Datastore, build_datastore
 from retro_jax.evaluation.methods.method import MethodContext
 from retro_jax.evaluation.methods.mixture import best_mixture, mix, neighbour_log_probability, neighbour_logits
-from retro_jax.evaluation.methods.tuned import Evidence, Other, TunedMethod
+from retro_jax.evaluation.methods.tuned import Evidence, Mixture, Other
 
 # The paper's weight; its temperature belongs to its own embeddings.
 _WEIGHT = 0.118
@@ -24,7 +24,7 @@ _DOCUMENTS_A_SHARD = 256
 _QUERIES_AT_ONCE = 4096
 
 
-class KnnLm(TunedMethod):
+class KnnLm(Mixture):
     """p = lambda p_kNN + (1 - lambda) p_LM with one lambda and one temperature for all tokens."""
 
     name = "knn_lm"

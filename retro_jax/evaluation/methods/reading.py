@@ -165,11 +165,12 @@ class Rag(TunedMethod):
 
     (RAG-Token, Lewis et al. 2020, section 2.1, with the distance of the retriever in the place of its trained score,
     and REALM's reading of no document at all as the second term.)
+
+    What each reading gives the token that came is known, and no other token: which is the most probable is not told.
     """
 
     name = "rag"
     needs_neighbours = True
-    tells_best = False  # it knows what each reading gives the token that came, and no other
 
     def __init__(self, context: MethodContext) -> None:
         super().__init__(context)

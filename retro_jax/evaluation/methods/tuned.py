@@ -65,7 +65,6 @@ class TunedMethod(abc.ABC):
 
     Attributes:
       name, settings, inputs: of `Method`.
-      tells_best: whether it knows which token is the most probable one: it has `other` then.
       context: what it was made from.
     """
 
@@ -73,7 +72,6 @@ class TunedMethod(abc.ABC):
     for_retro = False
     needs_neighbours = False
     needs_tuning = False
-    tells_best = True
 
     def __init__(self, context: MethodContext) -> None:
         """Prepares the method.
@@ -110,17 +108,6 @@ class TunedMethod(abc.ABC):
     def apply(self, parameters: dict[str, Any], evidence: Evidence) -> np.ndarray:
         """[n] float64, -ln p of every token."""
 
-    def other(self, parameters: dict[str, Any], evidence: Evidence, text: Predicted, places: np.ndarray) -> Other:
-        """What is mixed with the model's distribution in some places of a document.
-
-        Args:
-          parameters: as for `apply`.
-          evidence: of the whole document.
-          text: of it, with states.
-          places: [n] int, ascending, which of its tokens.
-        """
-        raise NotImplementedError
-
     def describe(self, parameters: dict[str, Any]) -> dict[str, Any]:
         """What is worth reporting of parameters, JSON-serialisable."""
         return parameters
@@ -150,21 +137,47 @@ class TunedMethod(abc.ABC):
             for side, own in enumerate(fitted):
                 nats[of_row == side] = self.apply(own, evidence.of(of_row == side))
         settings = {"tuned_on": tuned_on, "parameters": [self.describe(one) for one in fitted]}
-        best = None
-        if asked is not None and self.tells_best:
-            best = self._best(evaluated, evidence, asked, parameters)
+        best = None if asked is None else self.best(evaluated, evidence, asked, parameters)
         return losses_by_document(corpus, evidence.documents, nats, settings, best)
 
-    def _best(
+    def best(
         self, evaluated: Evaluated, evidence: Evidence, asked: np.ndarray, parameters: Sequence[dict[str, Any]]
-    ) -> np.ndarray:
-        """[n] int32: the most probable token of the mixture in the place of each asked one, -1 for those not asked.
+    ) -> np.ndarray | None:
+        """The most probable token in the place of each asked one; None where the method cannot tell.
 
         Args:
           evaluated, evidence: the set, and what is known of its n tokens of text.
           asked: bool [chunks, M].
           parameters: of every document.
+
+        Returns:
+          [n] int32, -1 for those not asked.
         """
+        return None
+
+    @functools.cached_property
+    def _tuned(self) -> dict[str, Any]:
+        return self.fit(self.gather(self.context.tuning))
+
+
+class Mixture(TunedMethod):
+    """A method that mixes a distribution of its own with the model's, so that it knows the most probable token."""
+
+    @abc.abstractmethod
+    def other(self, parameters: dict[str, Any], evidence: Evidence, text: Predicted, places: np.ndarray) -> Other:
+        """What is mixed with the model's distribution in some places of a document.
+
+        Args:
+          parameters: as for `apply`.
+          evidence: of the whole document.
+          text: of it, with states.
+          places: [n] int, ascending, which of its tokens.
+        """
+
+    def best(
+        self, evaluated: Evaluated, evidence: Evidence, asked: np.ndarray, parameters: Sequence[dict[str, Any]]
+    ) -> np.ndarray:
+        """As `TunedMethod.best`; every token of the vocabulary is looked at."""
         context, run, corpus = self.context, self.context.run, evaluated.corpus
         wanted = asked[corpus.tokenizer.is_text(corpus.tokens(np.arange(corpus.num_chunks)))]
         kernel = run.plan.merge(run.params).head_kernel().astype(compute_dtype(run.config.model))
@@ -186,10 +199,6 @@ class TunedMethod(abc.ABC):
                 own = text.states[some] @ kernel.T
                 best[rows.start + some] = most_probable(own, other.tokens, other.logits, other.weight)
         return best
-
-    @functools.cached_property
-    def _tuned(self) -> dict[str, Any]:
-        return self.fit(self.gather(self.context.tuning))
 
 
 def second_half(corpus: Corpus) -> np.ndarray:
