@@ -8,6 +8,11 @@ import numpy as np
 _MAX_HITS = 8_000_000
 
 
+def first_fetch(k: int) -> int:
+    """Hits that are fetched at first for k that survive."""
+    return 2 * k + 8
+
+
 def search_excluding(
     search: Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]],
     size: int,
@@ -45,7 +50,7 @@ def search_excluding(
     excluded = np.full((len(vectors), 1), -1) if exclude_keys is None else np.asarray(exclude_keys, np.int64)
     excluded = excluded.reshape(len(vectors), -1)
     dropped = 0
-    fetch = 2 * k + 8
+    fetch = first_fetch(k)
     while len(pending):
         fetch = max(k, min(fetch, size))
         if len(pending) * fetch > _MAX_HITS and len(pending) > 1:

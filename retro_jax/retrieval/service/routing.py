@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from retro_jax.retrieval.excluding import first_fetch
 from retro_jax.retrieval.router import Router
 from retro_jax.retrieval.service import retrieval_v1_pb2 as pb
 from retro_jax.retrieval.service.wire import Query, invalid, rows
@@ -48,7 +49,7 @@ class Routes:
         A shard server visits as many shards as hold what it fetches (`excluding.search_excluding`): more than k where
         documents are excluded or removed.
         """
-        fetched = 2 * query.k + 8
+        fetched = first_fetch(query.k)
         parts = [
             np.ones((len(query.vectors), count), bool) if router is None else router.visits(query.vectors, fetched)
             for count, router in self._parts
