@@ -102,6 +102,7 @@ def test_a_running_sampler_learns_and_forgets_with_a_database_here(riddles, run,
     follow_changes(riddles, run, embedder, database, late, live, refresh)
 
 
+@pytest.mark.slow  # the same with a database here, above; searches by a service equal those here
 def test_a_running_sampler_learns_and_forgets_with_a_service(riddles, run, embedder, bert, database, late):
     flags = (f"--database={database}", f"--embedder={bert}", "--reload_seconds=0.1")
     with serving(*flags) as (address, _), RetrievalClient(address) as client:

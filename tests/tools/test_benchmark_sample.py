@@ -34,6 +34,7 @@ def test_our_side_tells_first_token_speed_and_time_by_position(monkeypatch):
     assert (long["neighbours"], long["retrievals"]) == ("random", 3)  # at the prompt's end, and of two chunks after it
 
 
+@pytest.mark.slow
 def test_the_time_of_a_live_database_is_told_apart(small_data, tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
     database, bert = tmp_path / "database", write_tiny_bert(tmp_path / "bert")
