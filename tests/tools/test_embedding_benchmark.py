@@ -38,14 +38,14 @@ def test_sides_take_turns_and_are_compared_with_float32(monkeypatch, tmp_path):
         if job["side"] == "export":
             return {}
         x = 0.6 if "bfloat16" in job["side"] else 1.0
-        np.save(f"{job['folder']}/{job['side']}.npy", np.array([[x, np.sqrt(1 - x * x)], [1, 0]], np.float32))
+        np.save(f"{job['folder']}/{job['side']}.npy", np.array([[x, np.sqrt(1 - x * x)], [0, 0], [1, 0]], np.float32))
         rate = {"retro_jax_float32": 8.0, "retro_jax_bfloat16": 16.0, "onnxruntime_float32": 4.0}.get(job["side"], 2.0)
         measured = {"load_seconds": 1.0, "peak_memory_bytes": 5, "cores": 2, "version": "1"}
-        return {"chunks_per_second": rate + len(order) / 1000, "word_pieces": [4, 6], **measured}
+        return {"chunks_per_second": rate + len(order) / 1000, "word_pieces": [4, 0, 6], **measured}
 
     monkeypatch.setattr(children, "run", run)
     monkeypatch.setattr(embedding, "environment", lambda python: "peer-python")
-    *lines, comparison = embedding.embedding_lines(checkpoint, ["a", "b"], turns=2)
+    *lines, comparison = embedding.embedding_lines(checkpoint, ["a", "", "b"], turns=2)
     assert order == ["export", *[*embedding.OURS, *embedding.PEERS] * 2]
     by_name = {line["engine"]: line for line in lines}
     assert by_name["torch_bfloat16"]["cosine_to_float32"] == pytest.approx(0.8)

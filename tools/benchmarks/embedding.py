@@ -163,10 +163,14 @@ def _summary(rounds: Sequence[dict[str, Any]], gflop: float) -> dict[str, Any]:
 
 
 def _nearness(vectors: np.ndarray, reference: np.ndarray | None) -> dict[str, Any]:
-    """Mean and least cosine with the vectors of the reference, all of length 1; None without a reference."""
+    """Mean and least cosine with the vectors of the reference, all of length 1; None without a reference.
+
+    A text without a word piece has no direction (all components 0) and is left out.
+    """
     if reference is None:
         return {"cosine_to_float32": None, "least_cosine_to_float32": None}
-    cosines = np.einsum("ne,ne->n", vectors.astype(np.float64), reference)
+    there = reference.any(1)
+    cosines = np.einsum("ne,ne->n", vectors[there].astype(np.float64), reference[there])
     return {"cosine_to_float32": float(cosines.mean()), "least_cosine_to_float32": float(cosines.min())}
 
 

@@ -1,7 +1,9 @@
 """What the retrieval service costs over the same search in this process, at several batch sizes.
 
-The three ways answer in turn, request by request, so that a busy machine slows all of them alike: the library, one
-server with the whole database, and a front before one server for each half of the index.
+The three ways take turns, a few requests each, so that a busy machine slows all of them alike: the library, one server
+with the whole database, and a front before one server for each half of the index. Within a turn a request follows the
+other, as those of a client do; alternated one by one, every process would find the processor's caches full of the
+others' vectors.
 """
 
 import contextlib
@@ -23,6 +25,7 @@ from retro_jax.retrieval.service.client import RetrievalClient
 
 BATCHES = (1, 64)
 K = 2
+TURN = 20  # requests
 _PROGRAM = Path(__file__).resolve().parents[2] / "launch" / "serve_retrieval.py"
 
 
@@ -51,12 +54,16 @@ def overhead_lines(directory: Path, embeddings: EmbeddingSet, *, rounds: int) ->
         rng = np.random.default_rng(0)
         for batch in BATCHES:
             seconds: dict[str, list[float]] = {way: [] for way in ways}
-            for _ in range(rounds):
-                vectors = embeddings.vectors(np.sort(rng.choice(len(embeddings), batch, replace=False)))
+            for first in range(0, rounds, TURN):
+                asked = [
+                    embeddings.vectors(np.sort(rng.choice(len(embeddings), batch, replace=False)))
+                    for _ in range(min(TURN, rounds - first))
+                ]
                 for way, search in ways.items():
-                    begun = time.perf_counter()
-                    search(vectors)
-                    seconds[way].append(time.perf_counter() - begun)
+                    for vectors in asked:
+                        begun = time.perf_counter()
+                        search(vectors)
+                        seconds[way].append(time.perf_counter() - begun)
             medians = {way: 1000 * statistics.median(times) for way, times in seconds.items()}
             for way, milliseconds in medians.items():
                 over = milliseconds - medians["library"]
