@@ -17,7 +17,7 @@ from absl import flags
 
 from retro_jax import program
 from retro_jax.data.answer_rows import RowLayout, stored_layout
-from retro_jax.data.questions import Question, read_questions
+from retro_jax.data.questions import Question, read_questions, some_of
 from retro_jax.errors import UserError
 from retro_jax.evaluation.question_answering import best_step, evaluate_answers, table
 from retro_jax.files import write_json
@@ -32,13 +32,15 @@ _STEPS = flags.DEFINE_list("steps", [], "Checkpoints, or all of those that are k
 _SEQUENCES = flags.DEFINE_string(
     "sequences", None, "Output of tools/write_answers.py whose layout is taken; by default what the run was trained on."
 )
-_LIMIT = flags.DEFINE_integer("limit", None, "Answer the first so many questions alone.", lower_bound=1)
+_LIMIT = flags.DEFINE_integer("limit", None, "Answer so many questions alone, drawn by a hash of each.", lower_bound=1)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Questions that are answered together.", lower_bound=1)
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file with every answer.")
 
 
 def main() -> None:
-    questions = list(read_questions(_EXAMPLES.value))[: _LIMIT.value]
+    questions = list(read_questions(_EXAMPLES.value))
+    if _LIMIT.value:
+        questions = some_of(questions, _LIMIT.value)
     results: list[dict[str, Any]] = []
     best: dict[str, int] = {}
     for workdir in _WORKDIR.value:

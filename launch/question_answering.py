@@ -91,7 +91,8 @@ ARMS = {
     "plus": Arm("RETRO++", "retro", "plus"),
     "reading": Arm("baseline, reading", "baseline", "reading", "-decoder"),
 }
-PASSAGE_LENGTH = 112  # tokens, so that a passage with its title is about a neighbour of 128
+CHUNK_LENGTH, NEIGHBOUR_LENGTH = 64, 128
+PASSAGE_LENGTH = 112  # tokens, so that a passage with its title is about a neighbour
 
 _DATA = flags.DEFINE_string("data", None, "Folder with passages and questions; see above.", required=True)
 _SET = flags.DEFINE_string("set", None, "NAME of the set; needed where the folder holds several.")
@@ -125,6 +126,8 @@ def main() -> None:
             examples=examples / "train.jsonl",
             tokenizer=tokenizer,
             output=work / "answers" / name,
+            chunk_length=CHUNK_LENGTH,
+            neighbour_length=NEIGHBOUR_LENGTH,
             **layout,
         )
     results = [_arm(pipeline, work, name, arm, bases[arm.base], examples, size) for name, arm in ARMS.items()]
@@ -204,11 +207,18 @@ def _tokenizer(bases: dict[str, Path]) -> Path:
 
 
 def _check_kinds(bases: dict[str, Path]) -> None:
-    """Raises UserError when one is the other: the table's rows would have wrong names."""
-    for name, base in bases.items():
-        is_baseline = open_base(base).config.is_baseline
-        if is_baseline != (name == "baseline"):
-            raise UserError(f"--{name}={base}: this model is a {'baseline' if is_baseline else 'RETRO'}")
+    """Raises UserError when one is the other, since the table's rows would have wrong names, or has other chunks."""
+    models = {name: open_base(base).config for name, base in bases.items()}
+    for name, model in models.items():
+        if model.is_baseline != (name == "baseline"):
+            raise UserError(f"--{name}={bases[name]}: this model is a {'baseline' if model.is_baseline else 'RETRO'}")
+    for name, model in models.items():
+        if (model.chunk_length, model.neighbour_length) != (CHUNK_LENGTH, NEIGHBOUR_LENGTH):
+            raise UserError(
+                f"--{name}={bases[name]}: this model has chunks of {model.chunk_length} tokens and neighbours of "
+                f"{model.neighbour_length}, here they have {CHUNK_LENGTH} and {NEIGHBOUR_LENGTH}; "
+                "docs/question-answering.md has the steps one by one, with flags for both"
+            )
 
 
 def _retrieve(pipeline: Pipeline, work: Path, passages: Path, questions: Path, tokenizer: Path, size: Size) -> None:

@@ -8,7 +8,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retro_jax.data.questions import PARTS, Passage, Question, part_of, read_questions
+from retro_jax.data.questions import PARTS, Passage, Question, part_of, read_questions, some_of
 from retro_jax.errors import UserError
 
 GOOD = {"question": "Who?", "answers": ["Ann", "Bob"], "ctxs": [{"title": "T", "text": "Ann."}]}
@@ -127,3 +127,14 @@ def test_parts_have_about_their_shares_of_the_articles():
     shares = [parts.count(part) / len(parts) for part in PARTS]
     assert shares == pytest.approx([0.7, 0.1, 0.2], abs=0.03)
     assert {part_of(question, dev_share=0, test_share=0) for question in questions} == {"train"}
+
+
+def test_some_questions_come_from_all_articles_in_order_and_are_always_the_same():
+    questions = [
+        Question(f"{article}-{n}", "Why?", ("x",), title=f"{article}") for article in range(6) for n in range(50)
+    ]
+    some = some_of(questions, 60)
+    assert len(some) == 60 and {question.title for question in some} == {str(article) for article in range(6)}
+    assert some == [question for question in questions if question in some]
+    assert set(some) == set(some_of(questions[::-1], 60))  # whatever the order
+    assert some_of(questions, 1000) == questions

@@ -55,6 +55,8 @@ def test_inputs_that_are_not_there_are_named_in_one_line(tmp_path):
     for retro, baseline, wrong in (("retro", "retro", "--baseline"), ("baseline", "baseline", "--retro")):
         line = mistake("--set=small", f"--retro={tmp_path / retro}", f"--baseline={tmp_path / baseline}")
         assert f"{wrong}={tmp_path / retro}: this model is a {'RETRO' if retro == 'retro' else 'baseline'}" in line
+    line = mistake("--set=small", f"--retro={tmp_path / 'retro'}", f"--baseline={tmp_path / 'baseline'}")
+    assert "this model has chunks of 8 tokens and neighbours of 16, here they have 64 and 128" in line
     (tmp_path / "small.questions.jsonl").unlink()
     assert "small.questions.jsonl: no such file" in mistake("--set=small")
 
