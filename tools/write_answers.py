@@ -48,6 +48,8 @@ def main() -> None:
         f"{counts['cut_prompts']:,} too long for the prompt, {counts['cut_answers']:,} answers cut, "
         f"{sum(histogram[:-1]):,} with fewer than {layout.passages} passages"
     )
+    if layout.passages_in_prompt:
+        print(f"{counts['passages_in_prompts'] / counts['sequences']:.2f} passages in a prompt on average")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from retro_jax.files import file_sha256
 from retro_jax.progress import Progress
 
 _PASSAGES_KEPT = 100_000
-_TOTALS = ("sequences", "chunks", "tokens", "bytes", "cut_prompts", "cut_answers")
+_TOTALS = ("sequences", "chunks", "tokens", "bytes", "cut_prompts", "cut_answers", "passages_in_prompts")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +79,7 @@ class RowWriter:
     def __init__(self, tokenizer: Tokenizer, layout: RowLayout) -> None:
         self.tokenizer = tokenizer
         self.layout = layout
+        self._separator = tokenizer.encode(" \n ")
         # Questions about one article have many passages in common.
         self._passage = functools.lru_cache(_PASSAGES_KEPT)(self._passage_tokens)
 
@@ -88,17 +89,24 @@ class RowWriter:
         Passages in the prompt take what the question leaves: the best one is cut to R tokens and to the room there is,
         then the next one comes before it. The first that does not fit whole is cut, and the others are left out.
         """
-        room = self.layout.prompt_length - 1
-        tokens = self._question(question)[-room:]
-        separator = self.tokenizer.encode(" \n ")
+        passages: list[int] = []
+        for passage in reversed(self.passages_in_prompt(question)):
+            passages += passage + self._separator
+        return passages + self._question(question)[1 - self.layout.prompt_length :]
+
+    def passages_in_prompt(self, question: Question) -> list[list[int]]:
+        """Tokens of the passages that stand in the prompt, the best first; the last one may be cut."""
+        room = self.layout.prompt_length - 1 - len(self._question(question))
+        found: list[list[int]] = []
         for passage in question.passages[: self.layout.passages_in_prompt]:
             text = self._passage(passage)
-            fits = text[: max(room - len(tokens) - len(separator), 0)]
+            fits = text[: max(room - len(self._separator), 0)]
             if fits:
-                tokens = fits + separator + tokens
+                found.append(fits)
+                room -= len(fits) + len(self._separator)
             if len(fits) < len(text):
                 break
-        return tokens
+        return found
 
     def is_cut(self, question: Question) -> bool:
         """Whether the question loses its beginning in the prompt."""
@@ -249,6 +257,7 @@ def _write_shard(
         totals["tokens"] += int(used.sum())
         totals["bytes"] += int(text.sum())
         totals["cut_prompts"] += writer.is_cut(question)
+        totals["passages_in_prompts"] += len(writer.passages_in_prompt(question))
         totals["cut_answers"] += len(writer.answer(answer)) >= schema.chunk_length
         histogram[(passages != pad).any(axis=1).sum()] += 1
     return {**totals, "questions_by_passages": histogram.tolist()}

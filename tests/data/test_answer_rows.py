@@ -93,6 +93,7 @@ def test_passages_take_the_room_that_the_question_leaves(tokenizer):
     tail = len(tokenizer.encode(f"question: {question(10).question} \n answer:"))
     fitting = (layout.prompt_length - 1 - tail) // (R + separator)
     assert tokenizer.decode(full).count("title: Title") == fitting + 1 < 4
+    assert len(writer.passages_in_prompt(question(10))) == fitting + 1
     long = writer.prompt(question(400))
     assert len(long) == layout.prompt_length - 1 and "title:" not in tokenizer.decode(long)
 
@@ -120,6 +121,7 @@ def test_sequences_hold_rows_and_neighbours_and_say_how_long_the_prompt_is(token
     assert drawn == {"red", "green", "blue"}
     counts = manifest.counts
     assert counts["sequences"] == 20 and sum(counts["questions_by_passages"]) == 20
+    assert counts["passages_in_prompts"] == sum(words % 4 > 0 for words in range(1, 12))
     assert counts["tokens"] == sum(int((source[i]["tokens"][:-1] != PAD_ID).sum()) for i in range(20))
     again = write_answers(path, tokenizer, tmp_path / "again", layout, seed=3, shard_records=8)
     assert again.fingerprint == manifest.fingerprint
