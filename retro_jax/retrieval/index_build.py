@@ -6,10 +6,12 @@ answers the sample exactly and by its index while its vectors are in memory; the
 no step needs more than one shard.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +57,7 @@ def build_index(
     recall_queries: int = RECALL_QUERIES,
     seed: int = 0,
     options: BeamOptions | None = None,
-    last_check: Callable[[], None] = lambda: None,
+    last_check: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> Manifest:
     """Builds the index of a database; goes on after the last finished shard.
 
@@ -71,7 +73,8 @@ def build_index(
       recall_queries: size of the sample that recall is measured on.
       seed: of the samples.
       options: where the shards are built.
-      last_check: is called before the manifest is written; what it raises keeps the index unfinished.
+      last_check: is entered before the manifest is written and left behind it; what it raises on entering keeps the
+        index unfinished.
 
     Raises:
       UserError: too little recall (finished shards stay); a vector that is not finite, no vector at all, a damaged
@@ -139,8 +142,8 @@ def build_index(
         counts |= _recall(stage.directory, counts["shard_vectors"], cells, cells_to_visit, min_recall)
         if counts["recall_at_2"] < min_recall:
             raise UserError(_advice(stage.directory, counts, settings, min_recall))
-        last_check()
-        return stage.finish(counts | {"min_recall": min_recall})
+        with last_check():
+            return stage.finish(counts | {"min_recall": min_recall})
 
 
 def build_shard(writer: ShardWriter, arguments: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ from retro_jax.retrieval.segments import ADDITIONS, DatabaseCorpus, Segments
 if TYPE_CHECKING:
     from retro_jax.retrieval.embedder import Embedder
 
-_REMEDY = "wait for that change of the database"
+REMEDY = "wait for that change of the database"
 
 
 def add_documents(
@@ -66,7 +66,7 @@ def add_documents(
     require_embedder(
         embedder.fingerprint, EmbeddingSet(directory / "embeddings").embedder_fingerprint, "the given embedder"
     )
-    with DirectoryLock(directory, _REMEDY):
+    with DirectoryLock(directory, REMEDY):
         segments = Segments.load(directory)
         name = f"{1 + max([0, *map(int, segments.additions)]):05d}"
         folder = directory / ADDITIONS / name
@@ -110,7 +110,7 @@ def remove_documents(
       UserError: an id or a group that the database does not have.
     """
     directory, ids, groups = Path(directory), set(ids), set(groups)
-    with DirectoryLock(directory, _REMEDY):
+    with DirectoryLock(directory, REMEDY):
         corpus = DatabaseCorpus(directory)
         removed = corpus.segments.removed
         missing_ids, missing_groups = set(ids), set(groups)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from retro_jax.data.corpus import Corpus
 from retro_jax.data.ranges import in_ranges, merge_ranges
 from retro_jax.data.sequences import SequenceSource, write_sequences
+from retro_jax.data.stage import Stage
 from retro_jax.errors import UserError
 from retro_jax.lock import DirectoryLock
 from retro_jax.retrieval import compaction, update
@@ -272,6 +273,22 @@ def test_what_is_removed_while_it_is_compacted_does_not_come_back(database, tmp_
         compact_database(database, tmp_path / "DB2")
     compact_database(database, tmp_path / "DB3")
     assert Corpus(tmp_path / "DB3" / "corpus").num_documents == 5
+
+
+def test_nothing_is_removed_between_the_last_look_and_the_end_of_a_compaction(database, tmp_path, monkeypatch):
+    real, refused = Stage.finish, []
+
+    def removing(stage, counts):
+        if stage.name == "index":
+            with pytest.raises(UserError, match="is in use by process"):
+                remove_documents(database, ids=["d1"])
+            refused.append("d1")
+        return real(stage, counts)
+
+    monkeypatch.setattr(Stage, "finish", removing)
+    compact_database(database, tmp_path / "DB2")
+    assert refused == ["d1"] and Segments.load(database).version == 0
+    assert remove_documents(database, ids=["d1"])[0] == 1
 
 
 def test_readers_never_see_half_a_change(database):
