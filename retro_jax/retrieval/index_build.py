@@ -35,7 +35,7 @@ from retro_jax.retrieval.index import (
 )
 from retro_jax.retrieval.index_settings import IndexSettings, shards_for
 from retro_jax.retrieval.probes import DEPTHS, draw_probes, exact_answers, measure, merged, recall_at, require_finite
-from retro_jax.retrieval.router import Router, fit_cells, group_cells, squared_to_cells
+from retro_jax.retrieval.router import Router, fit_cells, group_cells, rows_at_once, squared_to_cells
 from retro_jax.retrieval.scann_shard import ScannShard
 
 MIN_RECALL = 0.95
@@ -191,13 +191,13 @@ def assign_cells(writer: ShardWriter, arguments: dict[str, Any]) -> None:
     embeddings = EmbeddingSet(arguments["embeddings"])
     embeddings.verify(range(arguments["first"], arguments["stop"]))
     centroids = np.load(writer.directory / CENTROIDS, allow_pickle=False)
-    sizes = np.zeros(len(centroids), np.int64)
+    sizes, rows = np.zeros(len(centroids), np.int64), rows_at_once(len(centroids))
     with (
         writer.shard(arguments["name"]) as (path, counts),
         ArrayWriter(path, np.dtype("<i4")) as file,
     ):
-        for first in range(arguments["first"], arguments["stop"], _BLOCK):
-            ids = np.arange(first, min(first + _BLOCK, arguments["stop"]))
+        for first in range(arguments["first"], arguments["stop"], rows):
+            ids = np.arange(first, min(first + rows, arguments["stop"]))
             block = embeddings.vectors(ids)
             require_finite(block, ids, embeddings.directory)
             cells = squared_to_cells(block, centroids).argmin(1)
