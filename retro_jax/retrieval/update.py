@@ -41,6 +41,7 @@ def add_documents(
     settings: IndexSettings | None = None,
     min_recall: float = MIN_RECALL,
     skip_bad: bool = False,
+    exclusions: str | os.PathLike | None = None,
     options: BeamOptions | None = None,
 ) -> DatabaseCorpus:
     """Adds the documents of some files; run again after an interruption it goes on with the same addition.
@@ -51,6 +52,7 @@ def add_documents(
       embedder: the one the database was made with.
       settings, min_recall: of the index of the new chunks.
       skip_bad: count and leave out what cannot be read.
+      exclusions: output of `retro_jax.data.duplicates.find_duplicates` for these inputs: documents to leave out.
       options: where the work is done.
 
     Returns:
@@ -76,6 +78,7 @@ def add_documents(
             folder / "corpus",
             chunk_length=base.chunk_length,
             skip_bad=skip_bad,
+            exclusions=exclusions,
             short=True,
             options=options,
         )

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retro_jax.data.corpus import Corpus
+from retro_jax.data.duplicates import find_duplicates
 from retro_jax.data.ranges import in_ranges, merge_ranges
 from retro_jax.data.sequences import SequenceSource, write_sequences
 from retro_jax.data.stage import Stage
@@ -98,6 +99,16 @@ def test_added_documents_are_found_behind_those_before(database, tiny_embedder, 
     expected, squares = exact_search(vectors[real], vectors[real], 5)
     np.testing.assert_allclose(distances[real], squares, rtol=1e-5, atol=1e-6)
     assert (ids[real, 0] == real[expected[:, 0]]).mean() > 0.9
+
+
+def test_near_duplicates_of_evaluation_documents_are_not_added(database, tiny_embedder, tmp_path):
+    inputs = write(tmp_path / "new.jsonl", [6, 7, 8])
+    find_duplicates(inputs, write(tmp_path / "valid.jsonl", [7]), tmp_path / "duplicates")
+    add_documents(database, inputs, tiny_embedder, exclusions=tmp_path / "duplicates")
+    after = Database.open(database)
+    assert documents_of(after, everything(after, tiny_embedder)) == {"d0", "d1", "d2", "d3", "d4", "d5", "d6", "d8"}
+    with pytest.raises(UserError, match=r"other\.jsonl: .* was not made for this file"):
+        add_documents(database, write(tmp_path / "other.jsonl", [9]), tiny_embedder, exclusions=tmp_path / "duplicates")
 
 
 def test_shards_of_base_and_additions_are_numbered_through(database, tiny_embedder, tmp_path):
