@@ -1,7 +1,8 @@
 """Changes of a database without a rebuild: documents are added in a segment of their own, removed by a list, compacted.
 
 A change takes effect when `segments.json` is replaced, at the end; until then, and when it is interrupted, readers see
-the database as it was. One change at a time: the directory is locked meanwhile.
+the database as it was. One addition at a time: `additions` is locked while it is made. Whoever replaces `segments.json`
+locks the database, an addition for its last moment only, so that removals need not wait for it.
 """
 
 import dataclasses
@@ -63,14 +64,13 @@ def add_documents(
         `build_corpus`.
     """
     directory = Path(directory)
-    before = DatabaseCorpus(directory)
-    base = before.parts[0]
+    base = DatabaseCorpus(directory).parts[0]
     require_embedder(
         embedder.fingerprint, EmbeddingSet(directory / "embeddings").embedder_fingerprint, "the given embedder"
     )
-    with DirectoryLock(directory, REMEDY):
-        segments = Segments.load(directory)
-        name = f"{1 + max([0, *map(int, segments.additions)]):05d}"
+    (directory / ADDITIONS).mkdir(exist_ok=True)
+    with DirectoryLock(directory / ADDITIONS, REMEDY):
+        name = f"{1 + max([0, *map(int, Segments.load(directory).additions)]):05d}"
         folder = directory / ADDITIONS / name
         build_corpus(
             inputs,
@@ -92,7 +92,12 @@ def add_documents(
             min_recall=min_recall,
             options=options,
         )
-        segments.save(directory, additions=(*segments.additions, name), removed=segments.removed)
+        # Documents may have been removed meanwhile; none can have been added.
+        with DirectoryLock(
+            directory, "the addition is made: run this again when that change of the database has ended"
+        ):
+            segments = Segments.load(directory)
+            segments.save(directory, additions=(*segments.additions, name), removed=segments.removed)
     return DatabaseCorpus(directory)
 
 

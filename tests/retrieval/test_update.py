@@ -236,6 +236,29 @@ def test_an_interrupted_addition_is_not_seen_and_goes_on(database, tiny_embedder
     assert Database.open(database).corpus.segments.additions == ("00001",)
 
 
+def test_a_removal_does_not_wait_for_an_addition_and_another_addition_does(
+    database, tiny_embedder, tmp_path, monkeypatch
+):
+    other, real = write(tmp_path / "other.jsonl", [8]), update.embed_corpus
+
+    def meanwhile(*arguments):
+        assert remove_documents(database, ids=["d1"])[0] == 1
+        with pytest.raises(UserError, match=r"additions is in use by process .*; wait for that change"):
+            add_documents(database, other, tiny_embedder)
+        real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(update, "embed_corpus", meanwhile)
+        add_documents(database, write(tmp_path / "new.jsonl", [6, 7]), tiny_embedder)
+    after = Database.open(database)
+    assert (after.corpus.segments.version, after.corpus.segments.additions) == (2, ("00001",))
+    assert documents_of(after, everything(after, tiny_embedder)) == {"d0", "d2", "d3", "d4", "d5", "d6", "d7"}
+    with DirectoryLock(database, "wait"), pytest.raises(UserError, match="the addition is made: run this again"):
+        add_documents(database, other, tiny_embedder)
+    add_documents(database, other, tiny_embedder)
+    assert Segments.load(database).additions == ("00001", "00002")
+
+
 def test_compaction_holds_what_was_left_and_nothing_else(database, make_corpus, tiny_embedder, tmp_path):
     add_documents(database, write(tmp_path / "new.jsonl", [6, 7]), tiny_embedder)
     remove_documents(database, ids=["d0", "d5", "d6"])
