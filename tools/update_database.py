@@ -11,8 +11,9 @@ state when it looks for one; neighbours that were found before name the old stat
 
 The new index is asked for as the database's was, but for what fits a number of vectors (tree or not, leaves), which
 goes by rule; --settings takes what tune_index.py wrote instead. A document without an id is known by its file and line,
-so files that are added one day and the next need names of their own. A compaction during which the database is changed
-fails at its end: what was removed meanwhile must not come back.
+so files that are added one day and the next need names of their own. What is added to a training database goes through
+tools/find_duplicates.py first, as what it was built from did: --exclusions leaves out what evaluation documents hold. A
+compaction during which the database is changed fails at its end: what was removed meanwhile must not come back.
 """
 
 from pathlib import Path
@@ -33,6 +34,7 @@ _DATABASE = flags.DEFINE_string("database", None, "directory with corpus/, embed
 _INPUT = flags.DEFINE_list("input", [], "add: files or glob patterns, separated by commas")
 _EMBEDDER = flags.DEFINE_string("embedder", None, "add: checkpoint directory of the database's embedder")
 _SKIP_BAD = flags.DEFINE_bool("skip_bad", False, "add: count and leave out unreadable lines and ids used before")
+_EXCLUSIONS = flags.DEFINE_string("exclusions", None, "add: output of find_duplicates.py for these files, left out")
 _IDS = flags.DEFINE_list("ids", [], "remove: ids of documents, separated by commas")
 _IDS_FILE = flags.DEFINE_string("ids_file", None, "remove: text file of ids, one a line")
 _GROUPS = flags.DEFINE_list("groups", [], "remove: groups whose documents all go")
@@ -72,6 +74,7 @@ def add() -> None:
         settings=_settings(),
         min_recall=_MIN_RECALL.value,
         skip_bad=_SKIP_BAD.value,
+        exclusions=_EXCLUSIONS.value,
         options=beam_options(),
     )
     print(

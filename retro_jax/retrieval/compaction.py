@@ -4,9 +4,11 @@ Tokens and vectors are copied, not made again; chunk ids are counted anew, so ne
 corpus and the embeddings are stages whose unit is a shard of the old ones; the index is built from them.
 """
 
+import contextlib
 import itertools
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,12 @@ from retro_jax.data.distribute import BeamOptions, Unit, distribute
 from retro_jax.data.ranges import in_ranges
 from retro_jax.data.stage import Manifest, ShardWriter, Stage, shard_name
 from retro_jax.errors import UserError
+from retro_jax.lock import DirectoryLock
 from retro_jax.retrieval.embedder import EmbeddingSet
 from retro_jax.retrieval.index_build import MIN_RECALL, build_index
 from retro_jax.retrieval.index_settings import IndexSettings
 from retro_jax.retrieval.segments import ADDITIONS, DatabaseCorpus, Segments
-from retro_jax.retrieval.update import compacted_fingerprint
+from retro_jax.retrieval.update import REMEDY, compacted_fingerprint
 
 _BLOCK = 16_384
 _COUNTS = ("documents", "chunks", "tokens", "bytes", "complete_chunks")
@@ -40,7 +43,7 @@ def compact_database(
     """Writes the compacted database; goes on after the last finished shard.
 
     Args:
-      directory: of the database; it is only read.
+      directory: of the database; it is only read, and locked for a moment at the end.
       output: directory of the new one.
       settings, num_shards, min_recall: of its index.
       options: where the shards are worked off.
@@ -50,18 +53,21 @@ def compact_database(
 
     Raises:
       UserError: every document was removed; the output holds something else, also a compaction from before a change;
-        the database was changed meanwhile: what was removed then must not come back.
+        the database was changed meanwhile, or is being changed: what was removed then must not come back.
     """
     output, options = Path(output), options or BeamOptions()
     corpus = DatabaseCorpus(directory)
 
-    def refuse_change() -> None:
-        now = Segments.load(directory).version
-        if now != corpus.segments.version:
-            raise UserError(
-                f"{directory} was changed while it was compacted (version {corpus.segments.version}, now {now}): "
-                f"remove {output} and compact it again"
-            )
+    @contextlib.contextmanager
+    def unchanged() -> Iterator[None]:
+        with DirectoryLock(directory, REMEDY):  # else a change could come between this look and the manifest
+            now = Segments.load(directory).version
+            if now != corpus.segments.version:
+                raise UserError(
+                    f"{directory} was changed while it was compacted (version {corpus.segments.version}, now {now}): "
+                    f"remove {output} and compact it again"
+                )
+            yield
 
     folders = [corpus.directory, *(corpus.directory / ADDITIONS / name for name in corpus.segments.additions)]
     manifest = _copy_corpus(corpus, output / "corpus", options)
@@ -73,7 +79,7 @@ def compact_database(
         num_shards=num_shards,
         min_recall=min_recall,
         options=options,
-        last_check=refuse_change,
+        last_check=unchanged,
     )
     return manifest
 

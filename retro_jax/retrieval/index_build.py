@@ -6,10 +6,12 @@ answers the sample exactly and by its index while its vectors are in memory; the
 no step needs more than one shard.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ from retro_jax.retrieval.index import (
 )
 from retro_jax.retrieval.index_settings import IndexSettings, shards_for
 from retro_jax.retrieval.probes import DEPTHS, draw_probes, exact_answers, measure, merged, recall_at, require_finite
-from retro_jax.retrieval.router import Router, fit_cells, group_cells, squared_to_cells
+from retro_jax.retrieval.router import Router, fit_cells, group_cells, rows_at_once, squared_to_cells
 from retro_jax.retrieval.scann_shard import ScannShard
 
 MIN_RECALL = 0.95
@@ -55,7 +57,7 @@ def build_index(
     recall_queries: int = RECALL_QUERIES,
     seed: int = 0,
     options: BeamOptions | None = None,
-    last_check: Callable[[], None] = lambda: None,
+    last_check: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> Manifest:
     """Builds the index of a database; goes on after the last finished shard.
 
@@ -71,7 +73,8 @@ def build_index(
       recall_queries: size of the sample that recall is measured on.
       seed: of the samples.
       options: where the shards are built.
-      last_check: is called before the manifest is written; what it raises keeps the index unfinished.
+      last_check: is entered before the manifest is written and left behind it; what it raises on entering keeps the
+        index unfinished.
 
     Raises:
       UserError: too little recall (finished shards stay); a vector that is not finite, no vector at all, a damaged
@@ -139,8 +142,8 @@ def build_index(
         counts |= _recall(stage.directory, counts["shard_vectors"], cells, cells_to_visit, min_recall)
         if counts["recall_at_2"] < min_recall:
             raise UserError(_advice(stage.directory, counts, settings, min_recall))
-        last_check()
-        return stage.finish(counts | {"min_recall": min_recall})
+        with last_check():
+            return stage.finish(counts | {"min_recall": min_recall})
 
 
 def build_shard(writer: ShardWriter, arguments: dict[str, Any]) -> None:
@@ -188,13 +191,13 @@ def assign_cells(writer: ShardWriter, arguments: dict[str, Any]) -> None:
     embeddings = EmbeddingSet(arguments["embeddings"])
     embeddings.verify(range(arguments["first"], arguments["stop"]))
     centroids = np.load(writer.directory / CENTROIDS, allow_pickle=False)
-    sizes = np.zeros(len(centroids), np.int64)
+    sizes, rows = np.zeros(len(centroids), np.int64), rows_at_once(len(centroids))
     with (
         writer.shard(arguments["name"]) as (path, counts),
         ArrayWriter(path, np.dtype("<i4")) as file,
     ):
-        for first in range(arguments["first"], arguments["stop"], _BLOCK):
-            ids = np.arange(first, min(first + _BLOCK, arguments["stop"]))
+        for first in range(arguments["first"], arguments["stop"], rows):
+            ids = np.arange(first, min(first + rows, arguments["stop"]))
             block = embeddings.vectors(ids)
             require_finite(block, ids, embeddings.directory)
             cells = squared_to_cells(block, centroids).argmin(1)

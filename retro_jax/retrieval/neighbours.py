@@ -279,18 +279,24 @@ def _searcher(described: str) -> Any:
 
 
 def _searched(asked: dict[str, Any]) -> _Searched:
-    searcher = _searcher(json.dumps(asked))
-    if asked["service"] is None:
-        corpus = searcher.corpus
-        return _Searched(
-            searcher.fingerprint,
-            corpus.fingerprint,
-            None if asked["bm25"] else searcher.embedder_fingerprint,
-            corpus.tokenizer_fingerprint,
-            corpus.chunk_length,
-        )
-    served = searcher.description
-    return _Searched(served.database, served.corpus, served.embedder, served.tokenizer, served.chunk_length)
+    """What it is, from its manifests alone: whoever searches loads it and compares the checksums."""
+    if asked["service"] is not None:
+        served = _searcher(json.dumps(asked)).description
+        return _Searched(served.database, served.corpus, served.embedder, served.tokenizer, served.chunk_length)
+    if asked["bm25"] is not None:
+        from retro_jax.retrieval.bm25 import Bm25
+        from retro_jax.retrieval.segments import DatabaseCorpus
+
+        searcher, embedder = Bm25(DatabaseCorpus(asked["database"])), None
+    else:
+        from retro_jax.retrieval.database import Database
+
+        searcher = Database.open(asked["database"], index_shards=(), verify=False)
+        embedder = searcher.embedder_fingerprint
+    corpus = searcher.corpus
+    return _Searched(
+        searcher.fingerprint, corpus.fingerprint, embedder, corpus.tokenizer_fingerprint, corpus.chunk_length
+    )
 
 
 class NeighbourTable:

@@ -12,7 +12,8 @@ import numpy as np
 from retro_jax.errors import UserError
 
 _ROUNDS = 12
-_BLOCK = 4096
+_MOST_ROWS = 65_536
+_DISTANCES_AT_ONCE = 2**24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +40,9 @@ class Router:
           k: neighbours wanted.
         """
         visited = np.zeros((len(queries), len(self.shard_sizes)), bool)
-        for first in range(0, len(queries), _BLOCK):
-            self._visit(queries[first : first + _BLOCK], k, visited[first : first + _BLOCK])
+        rows = rows_at_once(len(self.centroids))
+        for first in range(0, len(queries), rows):
+            self._visit(queries[first : first + rows], k, visited[first : first + rows])
         return visited
 
     def _visit(self, queries: np.ndarray, k: int, visited: np.ndarray) -> None:
@@ -71,6 +73,11 @@ def fit_cells(sample: np.ndarray, cells: int, seed: int) -> np.ndarray:
     # A cell that runs empty keeps its old centroid.
     centroids, _ = kmeans2(np.float32(sample), start, iter=_ROUNDS, minit="matrix", missing="warn", rng=generator)
     return np.asarray(centroids, np.float32)
+
+
+def rows_at_once(cells: int) -> int:
+    """How many vectors to take to `squared_to_cells` at once: 64 MiB of distances, twice that while they are made."""
+    return min(_MOST_ROWS, max(1, _DISTANCES_AT_ONCE // cells))
 
 
 def squared_to_cells(vectors: np.ndarray, centroids: np.ndarray) -> np.ndarray:

@@ -1,7 +1,8 @@
 """Changes of a database without a rebuild: documents are added in a segment of their own, removed by a list, compacted.
 
 A change takes effect when `segments.json` is replaced, at the end; until then, and when it is interrupted, readers see
-the database as it was. One change at a time: the directory is locked meanwhile.
+the database as it was. One addition at a time: `additions` is locked while it is made. Whoever replaces `segments.json`
+locks the database, an addition for its last moment only, so that removals need not wait for it.
 """
 
 import dataclasses
@@ -30,7 +31,7 @@ from retro_jax.retrieval.segments import ADDITIONS, DatabaseCorpus, Segments
 if TYPE_CHECKING:
     from retro_jax.retrieval.embedder import Embedder
 
-_REMEDY = "wait for that change of the database"
+REMEDY = "wait for that change of the database"
 
 
 def add_documents(
@@ -41,6 +42,7 @@ def add_documents(
     settings: IndexSettings | None = None,
     min_recall: float = MIN_RECALL,
     skip_bad: bool = False,
+    exclusions: str | os.PathLike | None = None,
     options: BeamOptions | None = None,
 ) -> DatabaseCorpus:
     """Adds the documents of some files; run again after an interruption it goes on with the same addition.
@@ -51,6 +53,7 @@ def add_documents(
       embedder: the one the database was made with.
       settings, min_recall: of the index of the new chunks.
       skip_bad: count and leave out what cannot be read.
+      exclusions: output of `retro_jax.data.duplicates.find_duplicates` for these inputs: documents to leave out.
       options: where the work is done.
 
     Returns:
@@ -61,14 +64,13 @@ def add_documents(
         `build_corpus`.
     """
     directory = Path(directory)
-    before = DatabaseCorpus(directory)
-    base = before.parts[0]
+    base = DatabaseCorpus(directory).parts[0]
     require_embedder(
         embedder.fingerprint, EmbeddingSet(directory / "embeddings").embedder_fingerprint, "the given embedder"
     )
-    with DirectoryLock(directory, _REMEDY):
-        segments = Segments.load(directory)
-        name = f"{1 + max([0, *map(int, segments.additions)]):05d}"
+    (directory / ADDITIONS).mkdir(exist_ok=True)
+    with DirectoryLock(directory / ADDITIONS, REMEDY):
+        name = f"{1 + max([0, *map(int, Segments.load(directory).additions)]):05d}"
         folder = directory / ADDITIONS / name
         build_corpus(
             inputs,
@@ -76,6 +78,7 @@ def add_documents(
             folder / "corpus",
             chunk_length=base.chunk_length,
             skip_bad=skip_bad,
+            exclusions=exclusions,
             short=True,
             options=options,
         )
@@ -89,7 +92,12 @@ def add_documents(
             min_recall=min_recall,
             options=options,
         )
-        segments.save(directory, additions=(*segments.additions, name), removed=segments.removed)
+        # Documents may have been removed meanwhile; none can have been added.
+        with DirectoryLock(
+            directory, "the addition is made: run this again when that change of the database has ended"
+        ):
+            segments = Segments.load(directory)
+            segments.save(directory, additions=(*segments.additions, name), removed=segments.removed)
     return DatabaseCorpus(directory)
 
 
@@ -110,7 +118,7 @@ def remove_documents(
       UserError: an id or a group that the database does not have.
     """
     directory, ids, groups = Path(directory), set(ids), set(groups)
-    with DirectoryLock(directory, _REMEDY):
+    with DirectoryLock(directory, REMEDY):
         corpus = DatabaseCorpus(directory)
         removed = corpus.segments.removed
         missing_ids, missing_groups = set(ids), set(groups)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from retro_jax.data.distribute import BeamOptions
 from retro_jax.data.stage import shard_name
 from retro_jax.errors import UserError
-from retro_jax.retrieval import index_build
+from retro_jax.retrieval import index_build, router
 from retro_jax.retrieval.exact import exact_search
 from retro_jax.retrieval.index import Index, merge
 from retro_jax.retrieval.index_build import build_index
@@ -276,6 +276,23 @@ def test_a_shard_of_cells_reads_the_cells_file_by_file(tmp_path):
     tracemalloc.stop()
     assert ids.tolist() == expected and (found[:, 0] == ids + 1).all()
     assert peak < 4 * files * rows  # of all cells, once
+
+
+def test_chunks_are_in_the_same_cells_however_many_are_assigned_at_once(embeddings, cells, tmp_path, monkeypatch):
+    taken = []
+
+    def recorded(vectors, centroids):
+        taken.append(len(vectors))
+        return router.squared_to_cells(vectors, centroids)
+
+    monkeypatch.setattr(router, "_DISTANCES_AT_ONCE", 24 * 100)
+    monkeypatch.setattr(index_build, "squared_to_cells", recorded)
+    build_index(embeddings, tmp_path / "parts", num_shards=SHARDS, cells=24)
+    assert sorted(taken) == [50, 50, *[100] * 8]
+    files = sorted((cells / "cells").iterdir())
+    assert len(files) == 3
+    for file in files:
+        assert (tmp_path / "parts" / "cells" / file.name).read_bytes() == file.read_bytes()
 
 
 def test_an_index_of_an_older_program_is_named(ranges, tmp_path):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from retro_jax.data.distribute import BeamOptions
 from retro_jax.errors import UserError
+from retro_jax.retrieval import index as index_module
 from retro_jax.retrieval import neighbours as neighbours_module
 from retro_jax.retrieval.database import Database
 from retro_jax.retrieval.embedder import EmbeddingSet
@@ -110,6 +111,25 @@ def test_reader_takes_any_shape_and_minus_one(world, tmp_path):
     np.testing.assert_array_equal(ids[0, 0], table.ids(np.array(5)))
     with pytest.raises(IndexError):
         table.ids(np.array([corpus.num_chunks]))
+
+
+def test_an_index_is_loaded_by_who_searches_it_and_once(world, tmp_path, monkeypatch):
+    directory, corpus, *_ = world
+    loaded, before = [], []
+
+    def load(*arguments):
+        loaded.append(arguments)
+        return real_load(*arguments)
+
+    def distribute(*arguments, **options):
+        before.append(len(loaded))
+        real_distribute(*arguments, **options)
+
+    real_load, real_distribute = index_module._load_shard, neighbours_module.distribute
+    monkeypatch.setattr(index_module, "_load_shard", load)
+    monkeypatch.setattr(neighbours_module, "distribute", distribute)
+    find_neighbours(corpus, directory, tmp_path / "n", k=2)
+    assert before == [0] and len(loaded) == 1 and len(corpus.shard_offsets) == 4
 
 
 def test_a_search_that_failed_goes_on_with_the_shards_that_lack(world, tmp_path, monkeypatch):

@@ -26,6 +26,25 @@ def test_a_database_that_fits_one_host():
     assert more.hosts == 4 and more.shards == 4
 
 
+def test_a_small_plan_is_what_is_computed_by_hand():
+    """Trees of vectors of length 1: in two leaves each, 2 components a code, rescored in bfloat16."""
+    plan = plan_database(12_800_000, 384, num_shards=5, host_memory=100e6, chunk_length=64, vocab_size=128_000)
+    assert (plan.chunks, plan.vectors_per_shard, plan.settings.num_leaves) == (200_000, 40_000, 280)  # 1.4 sqrt(40,000)
+    assert plan.chunk_bytes == 200_000 * (64 * 4 + 4 + 4 + 2)
+    assert plan.embedding_bytes == 200_000 * 384 * 4
+    # On disk a code is a byte, in memory half of one; each copy has 4 bytes of its leaf, each vector 8 of its chunk.
+    assert plan.index_bytes == 200_000 * (2 * (192 + 4) + 384 * 2 + 8) == 233_600_000
+    assert plan.index_memory == 200_000 * (2 * (96 + 4) + 384 * 2 + 8) == 195_200_000
+    assert plan.hosts == 3  # 39 MB a shard, so two of the five in the 80 MB that a host has for them
+    assert plan.build_memory == 40_000 * (2 * 384 * 4 + 384 + 100)
+    # Centres of all leaves, codes of 2 % of the leaves in both copies, 24 candidates in bfloat16.
+    assert plan.query_bytes == 5 * (280 * 384 * 4 + 800 * 2 * 96 + 24 * 384 * 2)
+    assert plan.query_seconds == pytest.approx(plan.query_bytes / 5e9)
+    assert plan.precompute_core_hours == pytest.approx(200_000 * plan.query_bytes / 5e9 / 3600)
+    by_cluster = plan_database(12_800_000, 384, num_shards=5, by_cluster=True, visited_share=0.3)
+    assert by_cluster.shards_visited == 2 and by_cluster.query_bytes == plan.query_bytes * 2 / 5
+
+
 def test_what_cannot_be_is_said():
     with pytest.raises(UserError, match="take more --num_shards"):
         plan_database(10**12, 768, host_memory=2**30)

@@ -1,10 +1,12 @@
 """Shards made of cells: balanced, and a query visits those of its nearest cells and no fewer than can answer it."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retro_jax.retrieval.router import Router, fit_cells, group_cells, squared_to_cells
+from retro_jax.retrieval import router as router_module
+from retro_jax.retrieval.router import Router, fit_cells, group_cells, rows_at_once, squared_to_cells
 
 
 @given(st.integers(0, 10**6), st.integers(1, 40), st.data())
@@ -44,6 +46,28 @@ def test_a_query_visits_the_shards_of_its_nearest_cells_and_enough_vectors(seed,
         before[of_cell[order[: max(visit, last)]]] = True
         if seen.sum() > len(set(of_cell[order[:visit]])) and not before[of_cell[order[last]]]:
             assert before @ sizes < min(k, sizes.sum())
+
+
+@pytest.mark.parametrize("cells", [1, 256, 50_000, 10**9])
+def test_distances_to_many_cells_are_taken_in_parts(cells):
+    rows = rows_at_once(cells)
+    assert 1 <= rows <= 65_536 and (rows == 1 or rows * cells <= 2**24)
+
+
+def test_visits_are_the_same_whatever_is_taken_at_once(monkeypatch):
+    rng = np.random.default_rng(0)
+    centroids, queries = rng.normal(size=(10, 3)).astype(np.float32), rng.normal(size=(25, 3)).astype(np.float32)
+    router = Router(centroids, group_cells(centroids, np.ones(10), 4), 2, np.full(4, 5))
+    whole, taken = router.visits(queries, 3), []
+
+    def recorded(vectors, centroids):
+        taken.append(len(vectors))
+        return squared_to_cells(vectors, centroids)
+
+    monkeypatch.setattr(router_module, "_DISTANCES_AT_ONCE", 70)
+    monkeypatch.setattr(router_module, "squared_to_cells", recorded)
+    np.testing.assert_array_equal(router.visits(queries, 3), whole)
+    assert taken == [7, 7, 7, 4]
 
 
 def test_cells_are_where_the_vectors_are():

@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retro_jax.data.corpus import Corpus
+from retro_jax.data.duplicates import find_duplicates
 from retro_jax.data.ranges import in_ranges, merge_ranges
 from retro_jax.data.sequences import SequenceSource, write_sequences
+from retro_jax.data.stage import Stage
 from retro_jax.errors import UserError
 from retro_jax.lock import DirectoryLock
 from retro_jax.retrieval import compaction, update
@@ -97,6 +99,16 @@ def test_added_documents_are_found_behind_those_before(database, tiny_embedder, 
     expected, squares = exact_search(vectors[real], vectors[real], 5)
     np.testing.assert_allclose(distances[real], squares, rtol=1e-5, atol=1e-6)
     assert (ids[real, 0] == real[expected[:, 0]]).mean() > 0.9
+
+
+def test_near_duplicates_of_evaluation_documents_are_not_added(database, tiny_embedder, tmp_path):
+    inputs = write(tmp_path / "new.jsonl", [6, 7, 8])
+    find_duplicates(inputs, write(tmp_path / "valid.jsonl", [7]), tmp_path / "duplicates")
+    add_documents(database, inputs, tiny_embedder, exclusions=tmp_path / "duplicates")
+    after = Database.open(database)
+    assert documents_of(after, everything(after, tiny_embedder)) == {"d0", "d1", "d2", "d3", "d4", "d5", "d6", "d8"}
+    with pytest.raises(UserError, match=r"other\.jsonl: .* was not made for this file"):
+        add_documents(database, write(tmp_path / "other.jsonl", [9]), tiny_embedder, exclusions=tmp_path / "duplicates")
 
 
 def test_shards_of_base_and_additions_are_numbered_through(database, tiny_embedder, tmp_path):
@@ -224,6 +236,29 @@ def test_an_interrupted_addition_is_not_seen_and_goes_on(database, tiny_embedder
     assert Database.open(database).corpus.segments.additions == ("00001",)
 
 
+def test_a_removal_does_not_wait_for_an_addition_and_another_addition_does(
+    database, tiny_embedder, tmp_path, monkeypatch
+):
+    other, real = write(tmp_path / "other.jsonl", [8]), update.embed_corpus
+
+    def meanwhile(*arguments):
+        assert remove_documents(database, ids=["d1"])[0] == 1
+        with pytest.raises(UserError, match=r"additions is in use by process .*; wait for that change"):
+            add_documents(database, other, tiny_embedder)
+        real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(update, "embed_corpus", meanwhile)
+        add_documents(database, write(tmp_path / "new.jsonl", [6, 7]), tiny_embedder)
+    after = Database.open(database)
+    assert (after.corpus.segments.version, after.corpus.segments.additions) == (2, ("00001",))
+    assert documents_of(after, everything(after, tiny_embedder)) == {"d0", "d2", "d3", "d4", "d5", "d6", "d7"}
+    with DirectoryLock(database, "wait"), pytest.raises(UserError, match="the addition is made: run this again"):
+        add_documents(database, other, tiny_embedder)
+    add_documents(database, other, tiny_embedder)
+    assert Segments.load(database).additions == ("00001", "00002")
+
+
 def test_compaction_holds_what_was_left_and_nothing_else(database, make_corpus, tiny_embedder, tmp_path):
     add_documents(database, write(tmp_path / "new.jsonl", [6, 7]), tiny_embedder)
     remove_documents(database, ids=["d0", "d5", "d6"])
@@ -272,6 +307,22 @@ def test_what_is_removed_while_it_is_compacted_does_not_come_back(database, tmp_
         compact_database(database, tmp_path / "DB2")
     compact_database(database, tmp_path / "DB3")
     assert Corpus(tmp_path / "DB3" / "corpus").num_documents == 5
+
+
+def test_nothing_is_removed_between_the_last_look_and_the_end_of_a_compaction(database, tmp_path, monkeypatch):
+    real, refused = Stage.finish, []
+
+    def removing(stage, counts):
+        if stage.name == "index":
+            with pytest.raises(UserError, match="is in use by process"):
+                remove_documents(database, ids=["d1"])
+            refused.append("d1")
+        return real(stage, counts)
+
+    monkeypatch.setattr(Stage, "finish", removing)
+    compact_database(database, tmp_path / "DB2")
+    assert refused == ["d1"] and Segments.load(database).version == 0
+    assert remove_documents(database, ids=["d1"])[0] == 1
 
 
 def test_readers_never_see_half_a_change(database):

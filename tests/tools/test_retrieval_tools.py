@@ -158,12 +158,16 @@ def test_a_database_is_changed_and_compacted(world, embedder_directory, tmp_path
     shutil.copytree(world / "DB", tmp_path / "DB")
     before = Corpus(world / "DB" / "corpus")
     (tmp_path / "new.jsonl").write_text(
-        json.dumps({"id": "new", "text": "A text that nobody knew before. " * 40}) + "\n"
+        json.dumps({"id": "new", "text": "A text that nobody knew before. " * 40})
+        + "\n"
+        + json.dumps({"id": "asked", "text": f"A question of the evaluation: {' '.join(map(str, range(99)))}?"})
+        + "\n"
     )
-    database = f"--database={tmp_path}/DB"
-    printed = succeed(
-        "update_database", "add", database, f"--input={tmp_path}/new.jsonl", f"--embedder={embedder_directory}"
-    )
+    (tmp_path / "valid.jsonl").write_text((tmp_path / "new.jsonl").read_text().splitlines()[1] + "\n")
+    new, exclusions = f"--input={tmp_path}/new.jsonl", f"{tmp_path}/duplicates"
+    succeed("find_duplicates", new, f"--evaluation={tmp_path}/valid.jsonl", f"--output={exclusions}")
+    database, embedder = f"--database={tmp_path}/DB", f"--embedder={embedder_directory}"
+    printed = succeed("update_database", "add", database, new, f"--exclusions={exclusions}", embedder)
     assert "1 documents with " in printed and f"ids from {before.num_chunks}; version 1" in printed
     printed = succeed("update_database", "remove", database, f"--ids={before.document(0).id}")
     assert "1 documents with " in printed and "version 2" in printed
