@@ -1,5 +1,6 @@
 """launch/serve_retrieval.py over a real database in shards: equal to the library, updated while it serves."""
 
+import io
 import json
 import re
 import shutil
@@ -13,12 +14,21 @@ import tiny_bert
 from processes_of_service import front, health, program, running, wait_ready
 from small_run import error_line, run_program
 
+from retro_jax.errors import UserError
 from retro_jax.retrieval.database import Database
 from retro_jax.retrieval.embedder import Embedder, EmbeddingSet, embed_corpus
+from retro_jax.retrieval.index import Index
 from retro_jax.retrieval.index_build import build_index
+from retro_jax.retrieval.index_settings import IndexSettings
+from retro_jax.retrieval.segments import signature
 from retro_jax.retrieval.service import retrieval_v1_pb2 as pb
 from retro_jax.retrieval.service.client import RetrievalClient, RetrievalError
+from retro_jax.retrieval.service.holding import ChosenShards, open_database
+from retro_jax.retrieval.service.local import LocalSource
+from retro_jax.retrieval.service.log import Log
+from retro_jax.retrieval.service.metrics import Metrics
 from retro_jax.retrieval.service.replicas import Patience
+from retro_jax.retrieval.service.self_check import recall
 from retro_jax.retrieval.update import remove_documents
 
 WORDS = [
@@ -187,6 +197,30 @@ def test_a_dead_shard_fails_only_the_queries_that_visit_it(database, tmp_path):
 def test_recall_is_measured_at_load(served):
     for server in served[1]:
         assert server.event("loaded")["recall"] == 1.0
+
+
+def test_an_index_that_finds_too_little_is_measured_so_and_not_served(database, tmp_path):
+    copy = tmp_path / "poor"
+    shutil.copytree(database, copy, ignore=shutil.ignore_patterns("index"))
+    poor = IndexSettings(kind="tree", num_leaves=4, leaves_to_search=1, reorder=200)
+    counts = build_index(EmbeddingSet(copy / "embeddings"), copy / "index", poor, num_shards=2, min_recall=0).counts
+    measured = recall([Index.load(copy / "index")])
+    assert 0 < measured < 0.95 and measured == pytest.approx(counts["recall_at_2"], abs=1e-3)
+    for floor in (measured - 0.01, measured + 0.01):
+        source = LocalSource(
+            lambda: open_database(copy, ChosenShards()),
+            lambda: signature(copy),
+            log=Log(io.StringIO()),
+            metrics=Metrics(),
+            min_recall=floor,
+        )
+        if floor < measured:
+            source.load()
+            assert source.version("").recall == pytest.approx(measured)
+        else:
+            with pytest.raises(UserError, match=rf"recall at k = 2 is {measured:.3f} .* is wanted \(--min_recall\)"):
+                source.load()
+            assert not source.versions()
 
 
 @pytest.mark.parametrize("part", ["index/shard-00001-of-00002/ids.npy", "index/probes.npy"])
