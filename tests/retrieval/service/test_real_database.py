@@ -72,7 +72,7 @@ def database(make_corpus, bert, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def served(database, bert):
     """(front, shard servers), each shard server with every second shard, the front with the embedder."""
-    flags = (f"--database={database}", "--reload_seconds=0.5", "--keep_seconds=1")
+    flags = (f"--database={database}", "--reload_seconds=0.5")
     shards = [program(*flags, f"--shards={part}/2") for part in range(2)]
     with running(*shards):
         asking = front(*shards, flags=(f"--embedder={bert}",))
@@ -132,7 +132,7 @@ def test_a_shard_server_needs_neither_tensorflow_nor_jax(served):
 def test_a_removed_document_is_found_no_more_and_nobody_notices_the_change(database, served, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(database, copy)
-    server = program(f"--database={copy}", "--reload_seconds=0.1", "--keep_seconds=5")
+    server = program(f"--database={copy}", "--reload_seconds=0.1")
     with running(server):
         wait_ready(server)
         opened = Database.open(copy)
@@ -241,6 +241,8 @@ def test_mistakes_are_named_in_one_line(database, served, tmp_path):
     assert "give --database for a shard server, or --backends for a front" in mistake()
     assert "no such directory" in mistake(f"--database={tmp_path / 'nowhere'}", "--port=0")
     assert "index shards 0 to 1, not 7" in mistake(f"--database={database}", "--shards=7", "--port=0")
+    short = mistake(f"--database={database}", "--keep_seconds=10", "--max_seconds=30")
+    assert "--keep_seconds=10 is less than --max_seconds=30" in short
     assert "not '2/2'" in mistake(f"--database={database}", "--shards=2/2", "--port=0")
     port = served[0].port
     assert f"127.0.0.1:{port}: port in use" in mistake(f"--database={database}", f"--port={port}")
