@@ -198,7 +198,7 @@ class _Ports:
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.max_metadata_size", 16 << 10),
             ],
-            maximum_concurrent_rpcs=2 * threads + 64,  # bounds the memory of messages that wait for a thread
+            maximum_concurrent_rpcs=2 * threads + 64,  # a message is read by the thread that answers it, not before
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         self._servers.append(server)
