@@ -65,6 +65,11 @@ def main() -> None:
         raise UserError("give --database for a shard server, or --backends for a front")
     if _BACKENDS.value and _SHARDS.value:
         raise UserError("--shards goes with --database")
+    if _DATABASE.value and _KEEP.value < _MAX_SECONDS.value:
+        raise UserError(
+            f"--keep_seconds={_KEEP.value:g} is less than --max_seconds={_MAX_SECONDS.value:g}: a request may wait so "
+            "long, and the version that it asks for would be gone; raise the one or lower the other"
+        )
     limits = Limits(queries=_MAX_QUERIES.value, neighbours=_MAX_K.value, seconds=_MAX_SECONDS.value)
     identity = _identity()
     options = ServerOptions(

@@ -1,5 +1,6 @@
 """The calls of the service: check, wait for a slot, answer from the source, count."""
 
+import dataclasses
 import time
 import traceback
 import uuid
@@ -21,7 +22,21 @@ from retro_jax.retrieval.service.source import Source
 from retro_jax.retrieval.service.wire import Limits, Query, RefusedError
 
 _LONGEST_ID = 64
+_BLOCK = 256  # texts embedded before it is asked again whether anybody still waits for them
 _Answer = Callable[[bytes, grpc.ServicerContext], bytes]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Turn:
+    """A slot that is held for a request, and its deadline, of time.monotonic."""
+
+    deadline: float
+    ticket: Ticket
+
+    def require_time(self) -> None:
+        """Raises TooLateError when the time is over or the caller gone."""
+        if self.ticket.cancelled or time.monotonic() >= self.deadline:
+            raise TooLateError
 
 
 class Calls:
@@ -129,10 +144,11 @@ class Calls:
         width = 2 * version.chunk_length if request.with_tokens else 0
         wire.check_answer_size(n * request.k, 12 + 4 * width, self._limits)
         self._metrics.queries.observe(n)
-        with self._slot(n, context) as deadline:
-            query = Query(self._vectors(request, queries, version), request.k, keys, request.allow_partial)
-            found = self._source.search(version.database, query, deadline)
-            tokens = self._source.neighbour_tokens(version.database, found.ids, deadline) if width else None
+        with self._slot(n, context) as turn:
+            query = Query(self._vectors(request, queries, version, turn), request.k, keys, request.allow_partial)
+            turn.require_time()
+            found = self._source.search(version.database, query, turn.deadline)
+            tokens = self._source.neighbour_tokens(version.database, found.ids, turn.deadline) if width else None
         return wire.found_message(found, version, tokens).SerializeToString()
 
     def _fetch(self, data: bytes, context: grpc.ServicerContext) -> bytes:
@@ -140,9 +156,9 @@ class Calls:
         version = self._source.version(request.database)
         ids = wire.check_ids(request, version, self._limits)
         wire.check_answer_size(len(ids), 8 * version.chunk_length + 512 * request.with_documents, self._limits)
-        with self._slot(1, context) as deadline:
-            tokens = self._source.neighbour_tokens(version.database, ids, deadline)
-            named = self._source.documents(version.database, ids, deadline) if request.with_documents else []
+        with self._slot(1, context) as turn:
+            tokens = self._source.neighbour_tokens(version.database, ids, turn.deadline)
+            named = self._source.documents(version.database, ids, turn.deadline) if request.with_documents else []
         return pb.FetchResponse(
             database=version.database,
             tokens=np.ascontiguousarray(tokens, "<i4").tobytes(),
@@ -150,20 +166,25 @@ class Calls:
         ).SerializeToString()
 
     def _vectors(
-        self, request: pb.SearchRequest, queries: np.ndarray | Sequence[str], version: pb.Version
+        self, request: pb.SearchRequest, queries: np.ndarray | Sequence[str], version: pb.Version, turn: _Turn
     ) -> np.ndarray:
         """Float32 [n, E] of `wire.queries`. All that costs time for every query is done here, behind the queue."""
         if request.HasField("vectors"):
             return wire.check_vectors(queries)
         if request.HasField("texts"):
-            return self._embedding.vectors(wire.check_texts(queries, self._limits), version)
-        tokenizer = self._source.tokenizer(version.database)
-        chunks = wire.check_tokens(queries, tokenizer.vocab_size)
-        return self._embedding.vectors([tokenizer.decode(row) for row in chunks.tolist()], version)
+            texts = wire.check_texts(queries, self._limits)
+        else:
+            tokenizer = self._source.tokenizer(version.database)
+            texts = [tokenizer.decode(row) for row in wire.check_tokens(queries, tokenizer.vocab_size).tolist()]
+        blocks = []
+        for start in range(0, len(texts), _BLOCK):
+            turn.require_time()
+            blocks.append(self._embedding.vectors(texts[start : start + _BLOCK], version))
+        return np.concatenate(blocks)
 
     @contextmanager
-    def _slot(self, queries: int, context: grpc.ServicerContext) -> Iterator[float]:
-        """Waits for a slot as long as the caller does; gives the deadline, of time.monotonic."""
+    def _slot(self, queries: int, context: grpc.ServicerContext) -> Iterator[_Turn]:
+        """Waits for a slot as long as the caller does; what raises TooLateError in it ends like a wait in vain."""
         remaining = context.time_remaining()
         seconds = self._limits.seconds if remaining is None else min(remaining, self._limits.seconds)
         deadline = time.monotonic() + seconds
@@ -174,7 +195,7 @@ class Calls:
         try:
             with self._admission.slot(ticket, seconds):
                 self._metrics.waited.observe(time.perf_counter() - arrived)
-                yield deadline
+                yield _Turn(deadline, ticket)
         except QueueFullError:
             self._metrics.shed.inc()
             waiting, of = self._admission.waiting, self._admission.waiting_queries

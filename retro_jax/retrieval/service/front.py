@@ -171,9 +171,7 @@ class FrontSource:
             if (key := places.tobytes()) not in messages:
                 messages[key] = _message(offer, query, places)
         requests = [messages[places.tobytes()] for _, places in asked]
-        now = time.monotonic()
-        inner = deadline - min(_MARGIN_SHARE * (deadline - now), _MARGIN_SECONDS)
-        answers = ask([group.replicas for group, _ in asked], "Search", requests, inner)
+        answers = ask([group.replicas for group, _ in asked], "Search", requests, _inner(deadline))
         parts, lost = [], {shard: "no server holds it" for shard in offer.missing if visited[shard]}
         failures = []
         for (group, places), answer in zip(asked, answers, strict=True):
@@ -250,7 +248,8 @@ class FrontSource:
 
     def _fetch(self, offer: _Offer, ids: np.ndarray, with_documents: bool, deadline: float) -> pb.FetchResponse:
         request = pb.FetchRequest(ids=ids.tobytes(), database=offer.version.database, with_documents=with_documents)
-        return parse(pb.FetchResponse, _one(ask([offer.anyone], "Fetch", [request.SerializeToString()], deadline)))
+        answers = ask([offer.anyone], "Fetch", [request.SerializeToString()], _inner(deadline))
+        return parse(pb.FetchResponse, _one(answers))
 
     def _describe(self, offer: _Offer, request: pb.DescribeRequest) -> pb.DescribeResponse:
         answers = ask([offer.anyone], "Describe", [request.SerializeToString()], time.monotonic() + _FILE_SECONDS)
@@ -361,6 +360,11 @@ class FrontSource:
             return self._current
         gone = not current.anyone.up
         return next((other for other in complete if gone or not later(self._current, other)), self._current)
+
+
+def _inner(deadline: float) -> float:
+    """When the shard servers must have answered, for the front's own answer to come by `deadline`."""
+    return deadline - min(_MARGIN_SHARE * (deadline - time.monotonic()), _MARGIN_SECONDS)
 
 
 def _message(offer: _Offer, query: Query, places: np.ndarray) -> bytes:

@@ -39,6 +39,8 @@ def _hits(index: Index) -> tuple[int, int]:
     good = np.where(squares <= limits * (1 + 1e-6) + 1e-12, ids, -1)
     found, _ = index.search(queries, _K + 1)
     found = np.where(found == own, -1, found)
+    # A probe that does not find itself has one answer more, which does not count.
+    found = np.take_along_axis(found, np.argsort(found < 0, axis=1, kind="stable")[:, :_K], axis=1)
     hit = ((found[:, :, None] == good[:, None, :]) & (found[:, :, None] >= 0)).any(2).sum(1)
     there = np.isfinite(nearest).sum(1)
     return int(np.minimum(hit, there).sum()), int(there.sum())

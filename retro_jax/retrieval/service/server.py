@@ -119,7 +119,7 @@ def serve(
         keeper.end()
         log.event("draining", signal=number, under_way=admission.running)
         calls.draining = True
-        ports.ready(False)
+        ports.drain()
         time.sleep(options.drain_delay)
         ports.stop(options.grace)
     if isinstance(source, FrontSource):
@@ -137,6 +137,8 @@ class _Ports:
         self._calls = calls
         self._servers: list[grpc.Server] = []
         self._stop_metrics: Callable[[], None] = lambda: None
+        self._draining = False
+        self._lock = threading.Lock()
         self.port = 0
         self.addresses: dict[str, str] = {}
 
@@ -167,8 +169,14 @@ class _Ports:
         return self
 
     def ready(self, ready: bool) -> None:
-        for name in ("", READINESS, SERVICE):
-            self._set(name, ready)
+        with self._lock:
+            for name in ("", READINESS, SERVICE):
+                self._set(name, ready and not self._draining)
+
+    def drain(self) -> None:
+        """Not ready, for good: a poll or a load that is still under way may end well and call `ready`."""
+        self._draining = True
+        self.ready(False)
 
     def stop(self, grace: float) -> None:
         """Takes no new calls, and waits for those under way."""
@@ -190,7 +198,7 @@ class _Ports:
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.max_metadata_size", 16 << 10),
             ],
-            maximum_concurrent_rpcs=2 * threads + 64,  # bounds the memory of messages that wait for a thread
+            maximum_concurrent_rpcs=2 * threads + 64,  # a message is read by the thread that answers it, not before
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         self._servers.append(server)

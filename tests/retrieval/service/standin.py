@@ -1,6 +1,6 @@
 """A shard server of the real code over a made-up database: it starts in a moment, and is as slow as a test wants.
 
-python standin.py DIRECTORY SHARDS --slots=2 ...      # fields of ServerOptions, and --secure=KEYS; shards like 0,1
+python standin.py DIRECTORY SHARDS --slots=2 ...   # fields of ServerOptions, --secure=KEYS, --embeds=1; shards like 0,1
 
 The directory has world.json (which database it is) and, when a test puts one there, delay-PORT (seconds of a search);
 searching-PORT appears with the first such search.
@@ -12,6 +12,8 @@ import json
 import sys
 import threading
 import time
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,29 @@ from retro_jax.retrieval.service.local import LocalSource
 from retro_jax.retrieval.service.security import Identity, ServerSecurity, read_tokens
 from retro_jax.retrieval.service.server import ServerOptions, serve
 from retro_jax.retrieval.service.wire import Found, Limits
+
+VOCABULARY = 50
+
+
+def decode(row: Sequence[int]) -> str:
+    """The text of a chunk of tokens; as good as any."""
+    return " ".join(map(str, row))
+
+
+def embed(texts: Sequence[str], dimension: int) -> np.ndarray:
+    """float32 [n, dimension], made of the checksum of each text; zeros for an empty one."""
+    seeds = [zlib.crc32(text.encode()) for text in texts]
+    return np.array([np.random.default_rng(seed).normal(size=dimension) * (seed != 0) for seed in seeds], np.float32)
+
+
+class WorldEmbedding:
+    """See `retro_jax.retrieval.service.embedding.Embedding`."""
+
+    def load(self, version: pb.Version) -> None:
+        pass
+
+    def vectors(self, texts: list[str], version: pb.Version) -> np.ndarray:
+        return embed(texts, version.dimension)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +97,8 @@ class WorldHolding:
     """See `retro_jax.retrieval.service.holding.Holding`."""
 
     tokenizer_model = b"a tokenizer"
+    vocab_size = VOCABULARY
+    decode = staticmethod(decode)
 
     def __init__(self, directory: Path, shards: list[int], place: dict) -> None:
         text = (directory / "world.json").read_text()
@@ -119,6 +146,7 @@ def main() -> None:
     limits = Limits(seconds=float(given.pop("seconds", 60)))
     start_delay = float(given.pop("start_delay", 0))
     keep_seconds = float(given.pop("keep_seconds", 30))
+    embedding = WorldEmbedding() if given.pop("embeds", None) else None
     security = ServerSecurity()
     if keys := given.pop("secure", None):
         identity = Identity(Path(keys) / "ours.pem", Path(keys) / "ours.key")
@@ -140,7 +168,7 @@ def main() -> None:
         return LocalSource(open_holding, signature, log=log, metrics=metrics, keep_seconds=keep_seconds)
 
     try:
-        serve(source, options, started=started)
+        serve(source, options, embedding=embedding, started=started)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

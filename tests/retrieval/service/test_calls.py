@@ -1,6 +1,8 @@
 """Bounds are kept before any work is done for a request, and what passes them is told apart from an overload."""
 
 import contextlib
+import types
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 from standin import World, WorldHolding
 
+from retro_jax.retrieval.service import calls as calls_module
 from retro_jax.retrieval.service import retrieval_v1_pb2 as pb
 from retro_jax.retrieval.service.admission import Admission, Ticket
 from retro_jax.retrieval.service.calls import Calls
@@ -23,12 +26,16 @@ MESSAGE_BYTES = 4000
 
 
 class Embedding:
-    """Embeds every text as a row of ones, and decodes tokens to the same; counts both."""
+    """Embeds every text as a row of ones, and decodes tokens to the same; counts both.
+
+    `meanwhile` is called at every embedding.
+    """
 
     vocab_size = 50
 
     def __init__(self) -> None:
         self.decoded, self.embedded = 0, 0
+        self.meanwhile = lambda: None
 
     def decode(self, row: list[int]) -> str:
         self.decoded += 1
@@ -36,12 +43,13 @@ class Embedding:
 
     def vectors(self, texts: list[str], version: pb.Version) -> np.ndarray:
         self.embedded += len(texts)
+        self.meanwhile()
         return np.ones((len(texts), version.dimension), np.float32)
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    """(address, embedding, admission) of a server in this process, with one slot and no queue."""
+def made(tmp_path_factory):
+    """Calls with one slot and no queue, and what they are made of."""
     directory = tmp_path_factory.mktemp("world")
     World(num_shards=1).write(directory)
     embedding = Embedding()
@@ -60,11 +68,19 @@ def served(tmp_path_factory):
         metrics=metrics,
         embedding=embedding,
     )
+    return types.SimpleNamespace(
+        calls=calls, embedding=embedding, admission=admission, holding=holding, metrics=metrics
+    )
+
+
+@pytest.fixture(scope="module")
+def served(made):
+    """(address, embedding, admission) of a server in this process that answers with them."""
     server = grpc.server(ThreadPoolExecutor(4), options=[("grpc.max_receive_message_length", MESSAGE_BYTES)])
-    server.add_generic_rpc_handlers((calls.handler(),))
+    server.add_generic_rpc_handlers((made.calls.handler(),))
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
-    yield f"127.0.0.1:{port}", embedding, admission
+    yield f"127.0.0.1:{port}", made.embedding, made.admission
     server.stop(0).wait()
 
 
@@ -140,3 +156,59 @@ def test_a_message_that_is_too_large_is_not_sent_again(served, monkeypatch):
             monkeypatch.setattr("retro_jax.retrieval.service.replicas.random.uniform", lambda low, high: 0.01)
             assert client.search_texts(["a"], 1)[0].shape == (1, 1)
         assert len(sent) == 15
+
+
+class Caller:
+    """The context of a call whose caller waits for ten seconds, or until he is `gone`."""
+
+    code, reason = grpc.StatusCode.OK, ""
+
+    def time_remaining(self) -> float:
+        return 10.0
+
+    def add_callback(self, gone: Callable[[], None]) -> bool:
+        self.gone = gone
+        return True
+
+    def invocation_metadata(self) -> tuple:
+        return ()
+
+    def peer(self) -> str:
+        return "caller"
+
+    def abort(self, code: grpc.StatusCode, reason: str) -> None:
+        self.code, self.reason = code, reason
+        raise grpc.RpcError
+
+
+@pytest.mark.parametrize("why", ["over", "gone"])
+@pytest.mark.parametrize(("n", "embedded"), [(5, 2), (2, 2)])  # in the midst of embedding, and before the search
+def test_nothing_more_is_done_for_who_waits_no_longer(made, monkeypatch, why, n, embedded):
+    caller, now, searches = Caller(), [0.0], []
+    monkeypatch.setattr(calls_module, "_BLOCK", 2)
+    clock = types.SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0])
+    monkeypatch.setattr(calls_module, "time", clock)
+    monkeypatch.setattr(made.holding, "search", searches.append)
+    monkeypatch.setattr(
+        made.embedding, "meanwhile", lambda: caller.gone() if why == "gone" else now.append(now.pop() + 10)
+    )
+    before, late = made.embedding.embedded, made.metrics.late._value.get()
+    method = types.SimpleNamespace(method="/retro_jax.retrieval.v1.Retrieval/Search", invocation_metadata=())
+    answer = made.calls.handler().service(method).unary_unary
+    with pytest.raises(grpc.RpcError):
+        answer(pb.SearchRequest(k=1, texts=pb.Texts(values=["text"] * n)).SerializeToString(), caller)
+    assert (caller.code, caller.reason) == (
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        "no time left before the search began",
+    )
+    assert made.embedding.embedded - before == embedded and not searches
+    assert made.metrics.late._value.get() == late + 1 and made.admission.running == 0
+
+
+def test_texts_of_several_blocks_are_embedded_in_order(made, search, monkeypatch):
+    monkeypatch.setattr(calls_module, "_BLOCK", 4)
+    lengths = lambda texts, _: np.array([[len(text)] * 8 for text in texts], np.float32)  # noqa: E731
+    monkeypatch.setattr(made.embedding, "vectors", lengths)
+    texts = ["t" * n for n in (1, 9, 4, 2, 7, 3)]
+    ids, _ = World(num_shards=1).search(lengths(texts, None), 1)
+    assert search(texts=pb.Texts(values=texts)).ids == ids.tobytes()

@@ -4,12 +4,15 @@ import io
 import json
 import subprocess
 import sys
+import time
 from concurrent.futures import Future
 
 import grpc
+import numpy as np
 import pytest
 
 from retro_jax.errors import UserError
+from retro_jax.retrieval.service import front as front_module
 from retro_jax.retrieval.service import retrieval_v1_pb2 as pb
 from retro_jax.retrieval.service.client import RetrievalClient
 from retro_jax.retrieval.service.front import FrontSource
@@ -17,7 +20,7 @@ from retro_jax.retrieval.service.log import Log
 from retro_jax.retrieval.service.metrics import Metrics
 from retro_jax.retrieval.service.replicas import Backend, Patience, check_addresses
 from retro_jax.retrieval.service.security import ClientSecurity
-from retro_jax.retrieval.service.wire import Limits, RefusedError
+from retro_jax.retrieval.service.wire import Limits, Query, RefusedError
 
 
 @pytest.fixture
@@ -147,6 +150,30 @@ def test_a_server_that_still_loads_is_not_asked_and_its_shard_is_named(front, mo
     events = [json.loads(line) for line in front.lines.getvalue().splitlines()]
     told = [(event["event"], event.get("reason")) for event in events if event["event"].startswith("backend")]
     assert told == [("backend up", None)] * 4 + [("backend down", "loading")] * 2
+
+
+def test_time_is_kept_back_to_say_who_did_not_answer(front, monkeypatch):
+    deadlines = []
+
+    def nobody(groups: list, method: str, requests: list[bytes], deadline: float) -> list[RefusedError]:
+        deadlines.append(deadline)
+        reason = f"{groups[0].backends[0].address}: no answer in time"
+        return [RefusedError(grpc.StatusCode.DEADLINE_EXCEEDED, reason)] * len(groups)
+
+    monkeypatch.setattr(front_module, "ask", nobody)
+    front.tell(("a", [0, 1]), None, None, None)
+    ids, query = np.zeros(3, np.int64), Query(np.zeros((3, 8), np.float32), 1, None)
+    for seconds, most in ((1.0, 0.1), (1000.0, 0.25)):
+        deadline = time.monotonic() + seconds
+        for asked in (
+            lambda until: front.search("", query, until),
+            lambda until: front.neighbour_tokens("", ids, until),
+            lambda until: front.documents("", ids, until),
+        ):
+            with pytest.raises(RefusedError, match=r"127\.0\.0\.1:1: no answer in time") as refused:
+                asked(deadline)
+            assert refused.value.code is grpc.StatusCode.UNAVAILABLE
+            assert 0 < deadline - deadlines.pop() <= most + 1e-6
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """launch/serve_retrieval.py over a real database in shards: equal to the library, updated while it serves."""
 
+import io
 import json
 import re
 import shutil
@@ -13,12 +14,21 @@ import tiny_bert
 from processes_of_service import front, health, program, running, wait_ready
 from small_run import error_line, run_program
 
+from retro_jax.errors import UserError
 from retro_jax.retrieval.database import Database
 from retro_jax.retrieval.embedder import Embedder, EmbeddingSet, embed_corpus
+from retro_jax.retrieval.index import Index
 from retro_jax.retrieval.index_build import build_index
+from retro_jax.retrieval.index_settings import IndexSettings
+from retro_jax.retrieval.segments import signature
 from retro_jax.retrieval.service import retrieval_v1_pb2 as pb
 from retro_jax.retrieval.service.client import RetrievalClient, RetrievalError
+from retro_jax.retrieval.service.holding import ChosenShards, open_database
+from retro_jax.retrieval.service.local import LocalSource
+from retro_jax.retrieval.service.log import Log
+from retro_jax.retrieval.service.metrics import Metrics
 from retro_jax.retrieval.service.replicas import Patience
+from retro_jax.retrieval.service.self_check import recall
 from retro_jax.retrieval.update import remove_documents
 
 WORDS = [
@@ -62,7 +72,7 @@ def database(make_corpus, bert, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def served(database, bert):
     """(front, shard servers), each shard server with every second shard, the front with the embedder."""
-    flags = (f"--database={database}", "--reload_seconds=0.5", "--keep_seconds=1")
+    flags = (f"--database={database}", "--reload_seconds=0.5")
     shards = [program(*flags, f"--shards={part}/2") for part in range(2)]
     with running(*shards):
         asking = front(*shards, flags=(f"--embedder={bert}",))
@@ -122,7 +132,7 @@ def test_a_shard_server_needs_neither_tensorflow_nor_jax(served):
 def test_a_removed_document_is_found_no_more_and_nobody_notices_the_change(database, served, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(database, copy)
-    server = program(f"--database={copy}", "--reload_seconds=0.1", "--keep_seconds=5")
+    server = program(f"--database={copy}", "--reload_seconds=0.1")
     with running(server):
         wait_ready(server)
         opened = Database.open(copy)
@@ -189,6 +199,30 @@ def test_recall_is_measured_at_load(served):
         assert server.event("loaded")["recall"] == 1.0
 
 
+def test_an_index_that_finds_too_little_is_measured_so_and_not_served(database, tmp_path):
+    copy = tmp_path / "poor"
+    shutil.copytree(database, copy, ignore=shutil.ignore_patterns("index"))
+    poor = IndexSettings(kind="tree", num_leaves=4, leaves_to_search=1, reorder=200)
+    counts = build_index(EmbeddingSet(copy / "embeddings"), copy / "index", poor, num_shards=2, min_recall=0).counts
+    measured = recall([Index.load(copy / "index")])
+    assert 0 < measured < 0.95 and measured == pytest.approx(counts["recall_at_2"], abs=1e-3)
+    for floor in (measured - 0.01, measured + 0.01):
+        source = LocalSource(
+            lambda: open_database(copy, ChosenShards()),
+            lambda: signature(copy),
+            log=Log(io.StringIO()),
+            metrics=Metrics(),
+            min_recall=floor,
+        )
+        if floor < measured:
+            source.load()
+            assert source.version("").recall == pytest.approx(measured)
+        else:
+            with pytest.raises(UserError, match=rf"recall at k = 2 is {measured:.3f} .* is wanted \(--min_recall\)"):
+                source.load()
+            assert not source.versions()
+
+
 @pytest.mark.parametrize("part", ["index/shard-00001-of-00002/ids.npy", "index/probes.npy"])
 def test_a_flipped_bit_is_named_and_never_served(database, tmp_path, part):
     copy = tmp_path / "copy"
@@ -207,6 +241,8 @@ def test_mistakes_are_named_in_one_line(database, served, tmp_path):
     assert "give --database for a shard server, or --backends for a front" in mistake()
     assert "no such directory" in mistake(f"--database={tmp_path / 'nowhere'}", "--port=0")
     assert "index shards 0 to 1, not 7" in mistake(f"--database={database}", "--shards=7", "--port=0")
+    short = mistake(f"--database={database}", "--keep_seconds=10", "--max_seconds=30")
+    assert "--keep_seconds=10 is less than --max_seconds=30" in short
     assert "not '2/2'" in mistake(f"--database={database}", "--shards=2/2", "--port=0")
     port = served[0].port
     assert f"127.0.0.1:{port}: port in use" in mistake(f"--database={database}", f"--port={port}")
