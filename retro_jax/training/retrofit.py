@@ -117,11 +117,17 @@ def resolve(config: TrainConfig, base: RetroConfig) -> TrainConfig:
     further.
 
     Raises:
-      UserError: the model is too shallow for that rule, or the encoder cannot begin with its embedding.
+      UserError: the model is too shallow for that rule, it has LoRA of another rank, or the encoder cannot begin with
+        its embedding.
     """
     own = RETRIEVAL + _COMPUTATION if base.is_baseline else _COMPUTATION
     changes = {name: getattr(config.model, name) for name in own}
     changes["lora_rank"] = base.lora_rank or config.model.lora_rank
+    if config.model.lora_rank not in (0, changes["lora_rank"]):
+        raise UserError(
+            f"model.lora_rank is {config.model.lora_rank}, and {config.init_from} has LoRA of rank {base.lora_rank}; "
+            f"leave it out, or begin with its hf export, which has LoRA in its projections"
+        )
     if base.is_baseline:
         changes["cca_layers"] = config.model.cca_layers or (every_third(base.num_layers) if config.cca_gate else ())
         if config.cca_gate and not changes["cca_layers"]:

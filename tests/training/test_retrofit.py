@@ -240,6 +240,17 @@ def test_settings_that_do_not_go_together_are_refused(base):
     resolve(dataclasses.replace(narrow, encoder_embedding="random"), BASE)
 
 
+def test_a_base_with_lora_keeps_its_rank_and_no_other_is_taken():
+    adapted = dataclasses.replace(BASE, lora_rank=2)
+    for rank in (0, 2):
+        wanted = dataclasses.replace(RUN, model=dataclasses.replace(WANTED, lora_rank=rank))
+        assert resolve(wanted, adapted).model.lora_rank == 2
+    other = dataclasses.replace(RUN, model=dataclasses.replace(WANTED, lora_rank=3))
+    with pytest.raises(UserError, match=r"model\.lora_rank is 3, and base has LoRA of rank 2; leave it out"):
+        resolve(other, adapted)
+    assert resolve(other, BASE).model.lora_rank == 3
+
+
 def test_a_fingerprint_tells_models_of_one_form_apart(base):
     record = base.record()
     assert record == drawn(BASE).record() and record["init_from"] == "base"
