@@ -1,7 +1,9 @@
 """Computes RETRO's logits from an export with NumPy alone, equation by equation: to check the export, not to be fast.
 
-    python docs/read_export.py EXPORT --tokens=5,17,9,12 --neighbours='[[[3,4,5,6,7,8,9,10]]]'
+    python docs/read_export.py EXPORT --tokens=5,17,9,12
+    python docs/read_export.py EXPORT --tokens="$(seq -s, 64)" --neighbours="[[[$(seq -s, 128)]]]"
 
+The first is RETRO[OFF], the second RETRO[ON] with one neighbour of 128 ids for the one complete chunk of 64 tokens.
 EXPORT is what `launch/export.py --format=safetensors` writes. The file is taken apart here as its format says; nothing
 but NumPy is imported. Equation and section numbers are those of arXiv 2112.04426. Of the decoders that `docs/export.md`
 describes this reads the paper's: RMSNorm, Transformer-XL positions, GELU, heads of their own for keys and values. Any
@@ -62,13 +64,19 @@ class Reader:
 
         Args:
           tokens: [T] ids; the padding id is seen by nothing.
-          neighbours: [T // M, K, R] ids, for each complete chunk; None is RETRO[OFF].
+          neighbours: [T // M, K, R] ids, for each complete chunk; None is RETRO[OFF]. Any other number of chunks ends
+            the program.
 
         Returns:
           [T, V], of the token that follows each.
         """
         c, p = self.c, self.p
         tokens, m = np.asarray(tokens), c["chunk_length"]
+        if neighbours is not None and len(neighbours) != len(tokens) // m:
+            raise SystemExit(
+                f"{len(tokens)} tokens are {len(tokens) // m} complete chunks of {m}, and neighbours are given for "
+                f"{len(neighbours)}; give those of each complete chunk"
+            )
         real = tokens != c["pad_id"]
         x, encoded = p["embedding.table"][tokens], None
         for layer in range(1, c["num_layers"] + 1):

@@ -50,13 +50,16 @@ _MUST_BE = {
     "partial_rotary_factor": (1, 1.0, None),
     "quantization_config": (None,),
 }
-# Numbers above 0, whole ones but for the last three; null stands for what another setting gives.
+# Numbers above 0, whole ones but for the last three.
 _WHOLE = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "n_embd", "n_layer", "n_head", "n_inner", "n_positions"),
     "max_position_embeddings",
 )
 _POSITIVE = (*_WHOLE, "rope_theta", "rms_norm_eps", "layer_norm_epsilon")
+# Of these null stands for what another setting gives.
+_NULLABLE = ("num_key_value_heads", "head_dim", "n_inner", "max_position_embeddings", "rope_theta")
+_FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
 # What a config.json says that is no part of the architecture and yet the model's: its context, and ids, of which
 # transformers takes several for the end.
 _BESIDE = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
@@ -73,13 +76,16 @@ def read_config(values: dict[str, Any], path: Path) -> RetroConfig:
       UserError: an architecture that is not known, a size that is missing, or a setting that cannot be followed.
     """
     kind = values.get("model_type")
-    if kind not in _DEFAULTS:
+    if not isinstance(kind, str) or kind not in _DEFAULTS:
         raise UserError(f"{path}: model_type {kind!r} is not known; known: {', '.join(_DEFAULTS)}")
     values = _DEFAULTS[kind] | values
     for name, allowed in _MUST_BE.items():
         if values.get(name, allowed[0]) not in allowed:
             raise UserError(f"{path}: {name} {values[name]!r} is not supported, only {allowed[0]!r}")
     _check_numbers(values, path)
+    for name in _FLAGS:
+        if not isinstance(values.get(name, False), bool):
+            raise UserError(f"{path}: {name} is {values[name]!r}, not true or false")
     read = _gpt2 if kind == "gpt2" else _llama
     try:
         fields = read(values, path) | _document_ids(values) | {"pad_id": values["vocab_size"]}
@@ -190,9 +196,10 @@ def _llama_kind(config: RetroConfig) -> str:
 
 def _check_numbers(values: dict[str, Any], path: Path) -> None:
     for name in _POSITIVE:
-        value = values.get(name)
-        kinds = int if name in _WHOLE else (int, float)
-        if value is not None and not (isinstance(value, kinds) and not isinstance(value, bool) and value > 0):
+        if name not in values or (values[name] is None and name in _NULLABLE):
+            continue
+        value, kinds = values[name], int if name in _WHOLE else (int, float)
+        if not isinstance(value, kinds) or isinstance(value, bool) or not value > 0:
             raise UserError(f"{path}: {name} is {value!r}, not a {'whole ' if kinds is int else ''}number above 0")
 
 
@@ -297,7 +304,10 @@ def _rope(values: dict[str, Any], path: Path) -> dict[str, Any]:
             "low_frequency_factor": float(scaling["low_freq_factor"]),
             "high_frequency_factor": float(scaling["high_freq_factor"]),
         }
-    elif kind == "yarn" and not scaling.get("mscale") and not scaling.get("mscale_all_dim"):
+    elif kind == "yarn":
+        for name in ("mscale", "mscale_all_dim"):
+            if scaling.get(name):
+                raise UserError(f"{path}: rotary positions 'yarn' with {name} {scaling[name]!r} are not supported")
         found = {
             "factor": float(scaling["factor"]),
             "original_length": original,

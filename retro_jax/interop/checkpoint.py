@@ -23,6 +23,8 @@ from retro_jax.training.retrofit import Base
 from retro_jax.training.state import plan_model
 from retro_jax.training.workdir import BASE, CHECKPOINTS, TOKENIZER, begun_with, load_config
 
+Place = tuple[str | int, ...]
+
 
 def open_checkpoint(path: str | os.PathLike) -> Opened:
     """A model for export, whose parameters are read when they are asked for.
@@ -37,10 +39,9 @@ def open_checkpoint(path: str | os.PathLike) -> Opened:
     if workdir is None:
         return open_pretrained(path)
     config = load_config(workdir)
-    read = open_params(workdir / CHECKPOINTS, plan_model(config.model, create_mesh(MeshConfig())).params, step)
     return Opened(
         config.model,
-        _layers(config.model, read),
+        _readers(workdir, config.model, step)(),
         Tokenizer(workdir / TOKENIZER),
         context=config.data.length,
         neighbours=0 if config.model.is_baseline else config.data.neighbours,
@@ -53,7 +54,7 @@ def open_base(path: str | os.PathLike) -> Base:
 
     Parameters are read when they are asked for, one at a time; those of a run must lie whole in one process.
     """
-    workdir, _ = _run(Path(path))
+    workdir, step = _run(Path(path))
     if workdir is None:
         opened = open_pretrained(path)
         settings = with_context(opened.base_settings, opened.context)
@@ -64,19 +65,27 @@ def open_base(path: str | os.PathLike) -> Base:
     return Base(
         str(path),
         config.model,
-        lambda: open_checkpoint(path).read,
+        _readers(workdir, config.model, step),
         _fingerprints(workdir, (TOKENIZER,)),
         with_context(_base_settings(workdir), config.data.length),
     )
 
 
-def _layers(config: RetroConfig, read: Callable[[tuple[str | int, ...]], jax.Array]) -> Callable[[str], np.ndarray]:
-    """Reads parameters by the names of `retro_jax.model.parameters`, of which an array holds those of equal layers.
+def _readers(workdir: Path, config: RetroConfig, step: int | None) -> Callable[[], Callable[[str], np.ndarray]]:
+    """Gives readers of a run's parameters by the names of `retro_jax.model.parameters`."""
+    read = open_params(workdir / CHECKPOINTS, plan_model(config, create_mesh(MeshConfig())).params, step)
+    places = layer_places(config)
+    return lambda: _layers(places, read)
+
+
+def _layers(
+    places: dict[str, tuple[Place, int | None]], read: Callable[[Place], jax.Array]
+) -> Callable[[str], np.ndarray]:
+    """Reads parameters by name, of which an array holds those of equal layers.
 
     An array is kept until each of its parameters was asked for: in the order of `layer_shapes` one is in memory.
     """
-    places = layer_places(config)
-    kept: dict[tuple[str | int, ...], tuple[np.ndarray, set[str]]] = {}
+    kept: dict[Place, tuple[np.ndarray, set[str]]] = {}
 
     def parameter(name: str) -> np.ndarray:
         path, index = places[name]

@@ -111,6 +111,7 @@ def open_pretrained(path: str | os.PathLike) -> Opened:
         tokenizer = _tokenizer(path)
         if tokenizer is not None:
             _require_rows(path, tokenizer, config)
+            _require_ends(path, tokenizer, settings)
             config = _with_ids(config, tokenizer)
         context = values.get("max_position_embeddings") or values.get("n_positions") or 0
         return Opened(config, base, tokenizer, context, 0, settings)
@@ -213,6 +214,21 @@ def _require_rows(path: Path, tokenizer: Tokenizer, config: RetroConfig) -> None
         raise UserError(
             f"{tokenizer.path}: {tokenizer.vocab_size} tokens, the model of {path / CONFIG} has {config.vocab_size} "
             f"rows; give the tokenizer that it was trained with"
+        )
+
+
+def _require_ends(path: Path, tokenizer: Tokenizer, settings: dict[str, Any]) -> None:
+    """What config.json names as BOS or EOS must be a special token of the tokenizer: one of them is enough.
+
+    It need not be the begin or end that the tokenizer is known by: models for chats end otherwise.
+    """
+    named = (settings.get(name) for name in ("bos_token_id", "eos_token_id"))
+    ids = [token for each in named for token in (each if isinstance(each, list) else [each]) if isinstance(token, int)]
+    special = set(np.flatnonzero(tokenizer.token_bytes == 0).tolist()) - {tokenizer.pad_id, tokenizer.unk_id}
+    if ids and special.isdisjoint(ids):
+        raise UserError(
+            f"{tokenizer.path}: BOS {tokenizer.bos_id} and EOS {tokenizer.eos_id}, where {path / CONFIG} names "
+            f"{', '.join(map(str, dict.fromkeys(ids)))}; give the tokenizer that the model was trained with"
         )
 
 

@@ -208,7 +208,7 @@ def _zeros(described: Any, batch: int) -> Any:
 def _require_close(program: str, directory: Path, found: Any, expected: Any, tolerance: float) -> None:
     found, expected = np.asarray(found), np.asarray(expected)
     worst = float(np.max(np.abs(found - expected)))
-    if not worst <= tolerance * max(1.0, float(np.abs(expected).max())):
+    if not worst <= tolerance * float(np.abs(expected).max()):
         raise UserError(
             f"{directory}: {program} reloaded gives logits {worst:.1e} off the model's; nothing was exported"
         )

@@ -50,7 +50,7 @@ class Base(NamedTuple):
     Attributes:
       name: where it is, for messages.
       config: of the model.
-      open: gives the reader of its parameters; None of a model that is there no more (`known_base`).
+      open: gives a reader of its parameters, at no cost; None of a model that is there no more (`known_base`).
       tokenizers: fingerprints of its tokenizer's files, one of which data must be made with; none where nobody knows.
       settings: what it says of its context and special tokens, kept for exports of the run.
     """
@@ -65,14 +65,14 @@ class Base(NamedTuple):
         """What a run keeps of it: name, configuration, settings, fingerprint; None when it is there no more.
 
         The fingerprint is of the last layer of every kind of parameter: training changes it, and of a large model it
-        is read in a moment.
+        is read in a moment. Each is read by a reader of its own, which keeps nothing of those before.
         """
         if self.open is None:
             return None
-        read, digest = self.open(), hashlib.sha256()
+        digest = hashlib.sha256()
         layers = sorted((name.split(".") for name in layer_shapes(self.config) if ".layers." in name), key=_layer)
         for name in {(*parts[:2], *parts[3:]): ".".join(parts) for parts in layers}.values():
-            digest.update(np.asarray(read(name), np.float32).tobytes())
+            digest.update(np.asarray(self.open()(name), np.float32).tobytes())
         return {
             "init_from": self.name,
             "model": to_dict(self.config),
@@ -117,11 +117,17 @@ def resolve(config: TrainConfig, base: RetroConfig) -> TrainConfig:
     further.
 
     Raises:
-      UserError: the model is too shallow for that rule, or the encoder cannot begin with its embedding.
+      UserError: the model is too shallow for that rule, it has LoRA of another rank, or the encoder cannot begin with
+        its embedding.
     """
     own = RETRIEVAL + _COMPUTATION if base.is_baseline else _COMPUTATION
     changes = {name: getattr(config.model, name) for name in own}
     changes["lora_rank"] = base.lora_rank or config.model.lora_rank
+    if config.model.lora_rank not in (0, changes["lora_rank"]):
+        raise UserError(
+            f"model.lora_rank is {config.model.lora_rank}, and {config.init_from} has LoRA of rank {base.lora_rank}; "
+            f"leave it out, or begin with its hf export, which has LoRA in its projections"
+        )
     if base.is_baseline:
         changes["cca_layers"] = config.model.cca_layers or (every_third(base.num_layers) if config.cca_gate else ())
         if config.cca_gate and not changes["cca_layers"]:

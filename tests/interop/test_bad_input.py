@@ -7,7 +7,8 @@ import shutil
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from small_models import LLAMA, RETRO, pretrained, tokenizer
+from small_models import LLAMA, RETRO, byte_level_tokenizer, pretrained, tokenizer
+from tokenizers import Tokenizer as Json
 
 from retro_jax.errors import UserError
 from retro_jax.interop.checkpoint import open_checkpoint
@@ -140,7 +141,16 @@ def test_pickled_weights_are_never_loaded(copy, tmp_path, suffix):
         ({"num_key_value_heads": 3}, "num_heads 4 is not a multiple of num_kv_heads 3"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0, not a whole number above 0"),
         ({"hidden_size": "16"}, "hidden_size is '16', not a whole number above 0"),
-        ({"vocab_size": None}, "a setting is of another type than llama models have"),
+        ({"vocab_size": None}, "vocab_size is None, not a whole number above 0"),
+        ({"rope_theta": None}, "a setting is of another type than llama models have"),
+        ({"model_type": ["llama"]}, "model_type ['llama'] is not known"),
+        ({"rms_norm_eps": None}, "rms_norm_eps is None, not a number above 0"),
+        ({"model_type": "gpt2", "layer_norm_epsilon": None}, "layer_norm_epsilon is None, not a number above 0"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no', not true or false"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "mscale": 0.7}},
+            "rotary positions 'yarn' with mscale 0.7 are not supported",
+        ),
         ({"max_position_embeddings": 1e5}, "max_position_embeddings is 100000.0, not a whole number above 0"),
         ({"rope_scaling": "linear"}, "a setting is of another type than llama models have"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "rope_scaling.factor must be at least 1, is 0.5"),
@@ -223,6 +233,35 @@ def test_a_tokenizer_with_more_tokens_than_the_model(copy, exports):
     shutil.rmtree(directory / "retrieval")
     message = line(directory)
     assert "290 tokens" in message and "200 rows" in message
+
+
+def test_a_tokenizer_with_other_special_tokens_than_the_configuration_names(copy, exports):
+    directory = copy("hf")
+    shutil.copy(exports / "native" / "tokenizer.model", directory)
+    shutil.rmtree(directory / "retrieval")
+    load_pretrained(directory)  # no token is named
+    edit_config(directory, bos_token_id=7, eos_token_id=[8, 9])
+    assert f"BOS 1 and EOS 2, where {directory / 'config.json'} names 7, 8, 9; give the tokenizer" in line(directory)
+    edit_config(directory, bos_token_id=0, eos_token_id=3)  # its PAD and unknown
+    assert "names 0, 3; give the tokenizer" in line(directory)
+    edit_config(directory, bos_token_id=None, eos_token_id=[8, 2])  # a model for chats ends otherwise, too
+    config = load_pretrained(directory).config
+    assert (config.bos_id, config.eos_id) == (1, 2)
+
+
+def test_a_configuration_may_name_other_special_tokens_of_its_tokenizer(copy):
+    """Models for chats name the begin and the end of a message."""
+    directory = copy("hf")
+    shutil.rmtree(directory / "retrieval")
+    path = directory / "tokenizer.json"
+    byte_level_tokenizer(path)
+    given = Json.from_file(str(path))
+    given.add_special_tokens(["<|message|>"])
+    given.save(str(path))
+    edit_config(directory, bos_token_id=289, eos_token_id=289)
+    assert load_pretrained(directory).config.eos_id == 0
+    edit_config(directory, bos_token_id=288, eos_token_id=128_001)
+    assert "BOS 0 and EOS 0, where" in line(directory)
 
 
 def test_retrieval_made_for_another_decoder(copy):

@@ -8,6 +8,8 @@ from flax import nnx
 torch = pytest.importorskip("torch", reason="needs the interop requirements")
 transformers = pytest.importorskip("transformers")
 
+from safetensors.torch import load_file, save_file  # noqa: E402
+
 from retro_jax.interop.pretrained import load_pretrained  # noqa: E402
 from retro_jax.model.retro import Retro  # noqa: E402
 
@@ -82,6 +84,37 @@ def pair(request, tmp_path_factory):
     theirs.save_pretrained(directory)
     ours = load_pretrained(directory)
     return theirs, ours.config, logits_of(ours)
+
+
+def close(directory, theirs):
+    """Whether what is read from the directory gives their logits."""
+    tokens = np.random.default_rng(3).integers(0, VOCAB, (2, 20))
+    with torch.no_grad():
+        expected = theirs(torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(logits_of(load_pretrained(directory))(tokens), expected, atol=1e-4, rtol=0)
+
+
+def test_shards_in_bfloat16_as_transformers_writes_them(tmp_path):
+    build("llama 3").bfloat16().save_pretrained(tmp_path, max_shard_size="20KB")
+    files = sorted(tmp_path.glob("model-*-of-*.safetensors"))
+    assert len(files) > 2 and (tmp_path / "model.safetensors.index.json").is_file()
+    assert {array.dtype for path in files for array in load_file(path).values()} == {torch.bfloat16}
+    read = {"dtype": torch.float32, "attn_implementation": "eager"}
+    close(tmp_path, transformers.AutoModelForCausalLM.from_pretrained(tmp_path, **read).eval())
+
+
+def test_gpt_2_without_prefix_and_with_buffers_of_its_masks(tmp_path):
+    """As the first checkpoints of GPT-2 were written, which are still the ones that are fetched."""
+    theirs = build("gpt-2")
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    arrays = {name.removeprefix("transformer."): array for name, array in load_file(path).items()}
+    assert "h.0.attn.c_attn.bias" in arrays
+    for layer in range(2):
+        arrays[f"h.{layer}.attn.bias"] = torch.tril(torch.ones(512, 512))[None, None]
+        arrays[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    save_file(arrays, path, metadata={"format": "pt"})
+    close(tmp_path, theirs)
 
 
 def logits_of(ours):

@@ -61,6 +61,16 @@ def test_it_runs_where_neither_jax_nor_this_package_is(tmp_path):
     assert len(result.stdout.splitlines()) == 5
 
 
+@pytest.mark.parametrize(("tokens", "chunks"), [(3, 1), (8, 1), (9, 3)])
+def test_neighbours_of_another_number_of_chunks_are_refused(tmp_path, tokens, chunks):
+    export_native(pretrained(RETRO), tmp_path / "model", name="Test")
+    reader = runpy.run_path(str(EXAMPLE))["Reader"](tmp_path / "model")
+    near = np.ones((chunks, 2, 8), np.int32)
+    expected = f"{tokens} tokens are {tokens // 4} complete chunks of 4, and neighbours are given for {chunks}"
+    with pytest.raises(SystemExit, match=expected):
+        reader.logits(np.arange(1, tokens + 1), near)
+
+
 @pytest.mark.parametrize(
     "other",
     [

@@ -14,6 +14,8 @@ from retro_jax.model import to_layers
 
 CASES = {
     "paper": (SMALL, {}),
+    "padding on the left": (SMALL, {}),
+    "padding on the left of a whole chunk": (dataclasses.replace(SMALL, chunk_length=3), {"r": 6}),
     "rope": (dataclasses.replace(SMALL, positions="rope"), {}),
     "one neighbour, T a multiple of M": (SMALL, {"length": 12, "k": 1}),
     "three neighbours, long": (SMALL, {"k": 3, "r": 11}),
@@ -67,7 +69,7 @@ def test_forward_equals_loops_from_the_equations(name):
     config, shapes = CASES[name]
     params = random_parameters(config)
     tokens, neighbours = inputs(config, **shapes)
-    tokens[0, 2] = config.pad_id
+    tokens[0, slice(3) if "on the left" in name else 2] = config.pad_id
     tokens[1, -2:] = config.pad_id
     neighbours[0, 0, 0, 1:] = config.pad_id
     neighbours[1, -1] = config.pad_id  # a chunk without neighbours

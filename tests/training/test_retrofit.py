@@ -139,7 +139,7 @@ def test_on_begins_as_the_base_and_only_what_is_added_is_trained(base, batch, ra
     expected = jax.jit(lambda params: plain.merge(params)(tokens), compiler_options=QUICK)(params)
     off = np.asarray(logits(state.params, tokens))
     np.testing.assert_allclose(off, expected, atol=1e-5)
-    np.testing.assert_array_equal(logits(state.params, tokens, near)[0], off[0])
+    np.testing.assert_array_equal(logits(state.params, tokens, near), off)
     before = on_host(state, run)
     np.testing.assert_array_equal(before["encoder_embedding.table"], before["embedding.table"])
 
@@ -238,6 +238,17 @@ def test_settings_that_do_not_go_together_are_refused(base):
     with pytest.raises(UserError, match=r"'decoder' needs model\.encoder_width 16, the width of base; it is 12"):
         resolve(narrow, BASE)
     resolve(dataclasses.replace(narrow, encoder_embedding="random"), BASE)
+
+
+def test_a_base_with_lora_keeps_its_rank_and_no_other_is_taken():
+    adapted = dataclasses.replace(BASE, lora_rank=2)
+    for rank in (0, 2):
+        wanted = dataclasses.replace(RUN, model=dataclasses.replace(WANTED, lora_rank=rank))
+        assert resolve(wanted, adapted).model.lora_rank == 2
+    other = dataclasses.replace(RUN, model=dataclasses.replace(WANTED, lora_rank=3))
+    with pytest.raises(UserError, match=r"model\.lora_rank is 3, and base has LoRA of rank 2; leave it out"):
+        resolve(other, adapted)
+    assert resolve(other, BASE).model.lora_rank == 3
 
 
 def test_a_fingerprint_tells_models_of_one_form_apart(base):
