@@ -65,7 +65,7 @@ PAPER = dataclasses.replace(RETRO, cca_layers=(2,))
     [
         pytest.param(BASELINE, ("cpu",), id="baseline"),
         pytest.param(dataclasses.replace(BASELINE, dtype="bfloat16"), PLATFORMS, id="bfloat16"),
-        pytest.param(SMALLEST, ("cpu",), id="one layer", marks=pytest.mark.slow),
+        pytest.param(SMALLEST, ("cpu",), id="one layer"),
         pytest.param(PAPER, PLATFORMS, id="paper", marks=pytest.mark.slow),
         pytest.param(
             dataclasses.replace(PAPER, dtype="bfloat16"), ("cpu",), id="bfloat16 paper", marks=pytest.mark.slow
