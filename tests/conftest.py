@@ -32,8 +32,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_sessionfinish() -> None:
-    """No process of the tests hangs at its end."""
-    faulthandler.dump_traceback_later(120, exit=True)
+    """No process of the tests hangs at its end; that of a worker comes when the last tests of the others are done."""
+    faulthandler.dump_traceback_later(900 if "PYTEST_XDIST_WORKER" in os.environ else 120, exit=True)
 
 
 @pytest.fixture(scope="session")

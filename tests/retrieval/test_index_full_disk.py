@@ -28,4 +28,5 @@ def test_an_index_stops_at_a_full_disk_and_goes_on(make_embeddings, tmp_path):
     assert "shard-00000-of-00004" in left and not any(name.startswith(".tmp-") and "shard" in name for name in left)
     index = Index.load(tmp_path / "result" / "index")
     assert index.size == 4000 and load_manifest(tmp_path / "result" / "index", "index")
-    np.testing.assert_array_equal(index.search(vectors[:5], 1)[0][:, 0], np.arange(5))
+    # Trees of a recall of 0.3 and more, learnt anew each time; ids that were mixed up would find next to nothing.
+    assert (index.search(vectors, 1)[0][:, 0] == np.arange(4000)).mean() > 0.5
