@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +56,7 @@ def build_index(
     recall_queries: int = RECALL_QUERIES,
     seed: int = 0,
     options: BeamOptions | None = None,
-    last_check: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+    last_check: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> Manifest:
     """Builds the index of a database; goes on after the last finished shard.
 
