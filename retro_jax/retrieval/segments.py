@@ -59,26 +59,39 @@ class Segments:
           UserError: a file of it is missing or damaged.
         """
         directory = Path(directory)
-        path = directory / SEGMENTS
+        segments = cls._parse(directory / SEGMENTS)
+        while True:
+            try:
+                return segments._with_removed(directory)
+            except (OSError, UserError):  # the file may have gone because later versions took this one's place
+                now = cls._parse(directory / SEGMENTS)
+                if now.version == segments.version:
+                    raise
+                segments = now
+
+    @classmethod
+    def _parse(cls, path: Path) -> "Segments":
+        """What the file says, not yet with the ranges."""
         if not path.exists():
             return cls()
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
             if value["format_version"] != _FORMAT:
                 raise UserError(f"{path}: format version {value['format_version']}, this program reads {_FORMAT}")
-            segments = cls(
-                int(value["version"]), tuple(value["additions"]), value["removed_file"], value["removed_sha256"]
-            )
+            return cls(int(value["version"]), tuple(value["additions"]), value["removed_file"], value["removed_sha256"])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: does not say what the database consists of ({error}); restore it") from None
-        if segments.removed_file is None:
-            return segments
-        file = directory / segments.removed_file
+
+    def _with_removed(self, directory: Path) -> "Segments":
+        """The same with the ranges of the removed chunks."""
+        if self.removed_file is None:
+            return self
+        file = directory / self.removed_file
         if not file.is_file():
             raise UserError(f"{file}: the list of removed documents is missing; restore it")
-        if file_sha256(file) != segments.removed_sha256:
+        if file_sha256(file) != self.removed_sha256:
             raise UserError(f"{file}: checksum differs from {SEGMENTS}; restore it")
-        return dataclasses.replace(segments, removed=np.load(file, allow_pickle=False))
+        return dataclasses.replace(self, removed=np.load(file, allow_pickle=False))
 
     def save(self, directory: str | os.PathLike, *, additions: tuple[str, ...], removed: np.ndarray) -> "Segments":
         """Writes the next version; whoever reads sees this one or that one, never a mixture.

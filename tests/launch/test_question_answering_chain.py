@@ -5,11 +5,17 @@ import json
 import re
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 from small_run import MODEL, ROOT, SAMPLE, error_line, run_program, run_script
 
-from retro_jax.config import TrainConfig, to_dict
+from retro_jax.config import CheckpointConfig, RetroConfig, TrainConfig, to_dict
 from retro_jax.data.text import read_documents
+from retro_jax.model import abstract_parameters
+from retro_jax.training.checkpoint import Checkpoints
+from retro_jax.training.health import healthy
+from retro_jax.training.state import TrainState
 
 ARMS = ("baseline, closed book", "RETRO[OFF], closed book", "RETRO[ON]", "RETRO++", "baseline, reading")
 
@@ -35,6 +41,16 @@ def write_set(folder: Path, name: str = "small") -> None:
         (folder / f"{name}.{kind}.jsonl").write_text(lines, encoding="utf-8")
 
 
+def write_untrained(workdir: Path, model: RetroConfig) -> None:
+    """A run with zeros as the parameters of its only checkpoint."""
+    workdir.mkdir()
+    (workdir / "tokenizer.model").write_bytes(b"")
+    (workdir / "config.json").write_text(json.dumps(to_dict(TrainConfig(model=model))))
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract_parameters(model))
+    with Checkpoints(workdir / "checkpoints", CheckpointConfig()) as checkpoints:
+        checkpoints.save(1, TrainState(jnp.zeros((), jnp.int32), params, (), healthy()), {})
+
+
 def test_inputs_that_are_not_there_are_named_in_one_line(tmp_path):
     def mistake(*flags):
         flags = (f"--data={tmp_path}", f"--workdir={tmp_path / 'work'}", "--size=trial", *flags)
@@ -48,10 +64,7 @@ def test_inputs_that_are_not_there_are_named_in_one_line(tmp_path):
     missing = ("--set=small", f"--retro={tmp_path}", f"--baseline={tmp_path}")
     assert "tokenizer.model: no such file; --retro and --baseline name" in mistake(*missing)
     for run, layers in (("retro", MODEL.cca_layers), ("baseline", ())):
-        (tmp_path / run).mkdir()
-        (tmp_path / run / "tokenizer.model").write_bytes(b"")
-        config = to_dict(TrainConfig(model=dataclasses.replace(MODEL, cca_layers=layers)))
-        (tmp_path / run / "config.json").write_text(json.dumps(config))
+        write_untrained(tmp_path / run, dataclasses.replace(MODEL, cca_layers=layers))
     for retro, baseline, wrong in (("retro", "retro", "--baseline"), ("baseline", "baseline", "--retro")):
         line = mistake("--set=small", f"--retro={tmp_path / retro}", f"--baseline={tmp_path / baseline}")
         assert f"{wrong}={tmp_path / retro}: this model is a {'RETRO' if retro == 'retro' else 'baseline'}" in line

@@ -353,6 +353,25 @@ def test_readers_never_see_half_a_change(database):
     assert seen and not failures
 
 
+def test_a_reader_that_changes_overtook_reads_the_latest(database, monkeypatch):
+    remove_documents(database, ids=["d0"])
+    with_removed, versions = Segments._with_removed, []
+
+    def overtaken(segments, directory):
+        versions.append(segments.version)
+        monkeypatch.undo()
+        for number in (1, 2):
+            remove_documents(database, ids=[f"d{number}"])
+        assert not (directory / segments.removed_file).exists()
+        return with_removed(segments, directory)
+
+    monkeypatch.setattr(Segments, "_with_removed", overtaken)
+    assert Segments.load(database).version == 3 and versions == [1]
+    (database / "removed-00003.npy").unlink()
+    with pytest.raises(UserError, match="the list of removed documents is missing; restore it"):
+        Segments.load(database)
+
+
 def test_sequences_hold_neighbours_from_additions(database, make_corpus, tiny_embedder, tmp_path):
     add_documents(database, write(tmp_path / "new.jsonl", [6, 7]), tiny_embedder)
     queries = make_corpus([[record(6) | {"group": "another"}]])

@@ -244,7 +244,8 @@ def ask(
     Returns:
       For each group the answer's bytes, or why there is none.
     """
-    events: queue.SimpleQueue = queue.SimpleQueue()
+    # No SimpleQueue: one that a put has left unlocked waits for ever when a short timeout ends before it looks again.
+    events: queue.Queue = queue.Queue()
     open_questions = [
         _Question(group, method, request, deadline, place, events, alone=len(groups) == 1)
         for place, (group, request) in enumerate(zip(groups, requests, strict=True))

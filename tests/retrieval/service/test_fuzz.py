@@ -54,10 +54,13 @@ def normal(n, seed):
 
 rows = st.one_of(
     st.builds(normal, st.integers(0, 9), st.integers(0, 9)),
+    st.builds(normal, st.integers(1, 9), st.integers(0, 9)),
+    st.builds(normal, st.integers(1, 9), st.integers(0, 9)),
     st.lists(values, min_size=8, max_size=8).map(lambda row: np.array(row, "<f4").tobytes()),
     st.binary(max_size=40),
 )
 names = st.sampled_from(["", "embedder", "tokenizer", "world1", "other", "\U0001f600"])
+embedders = st.sampled_from(["", "", "embedder", "embedder"]) | names
 int64 = st.integers(-(2**63), 2**63 - 1)
 some_ids = st.lists(st.one_of(st.integers(-2, 61), int64), max_size=6).map(lambda ids: np.array(ids, "<i8").tobytes())
 
@@ -65,7 +68,7 @@ some_ids = st.lists(st.one_of(st.integers(-2, 61), int64), max_size=6).map(lambd
 def searches_by(**queries):
     return st.builds(
         pb.SearchRequest,
-        k=st.one_of(st.integers(0, 70), st.sampled_from([1000, 1001, 2**31, 2**32 - 1])),
+        k=st.one_of(st.integers(1, 9), st.integers(0, 70), st.sampled_from([1000, 1001, 2**31, 2**32 - 1])),
         exclude_keys=st.one_of(st.just(b""), st.just(b""), some_ids, st.binary(max_size=20)),
         database=st.sampled_from(["", "", "", "world1", "other"]),
         allow_partial=st.booleans(),
@@ -81,7 +84,7 @@ def chunks_of(token):
 
 searches = searches_by(
     vectors=st.none()
-    | st.builds(pb.Vectors, values=rows, dimension=st.sampled_from([8, 8, 8, 0, 7, 2**32 - 1]), embedder=names)
+    | st.builds(pb.Vectors, values=rows, dimension=st.sampled_from([8] * 6 + [0, 7, 2**32 - 1]), embedder=embedders)
 )
 tokens = st.one_of(
     chunks_of(st.integers(0, VOCABULARY - 1)),
