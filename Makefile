@@ -27,7 +27,7 @@ test: $(READY) $(INTEROP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal -m "not slow"
 
 test-all: $(READY) $(INTEROP)
-	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal --hypothesis-profile=default
 
 lint: $(READY)
 	$(BIN)/ruff check .

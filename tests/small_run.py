@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from prepared_process import run_prepared
 
 from retro_jax.config import RetroConfig
 from retro_jax.data.corpus import Corpus, build_corpus
@@ -127,6 +128,10 @@ def program(name: str, *flags: str, devices: int = 1, stdin: int | None = None, 
 
 def run_program(name: str, *flags: str, timeout: float = 300, **options: object) -> tuple[int, str, str]:
     """Runs it to its end: (exit status, stdout, stderr)."""
+    if options.keys() <= {"devices"} and (
+        ended := run_prepared(ROOT / name, flags, options.get("devices", 1), timeout)
+    ):
+        return ended
     process = program(name, *flags, **options)
     stdout, stderr = process.communicate(timeout=timeout)
     return process.returncode, stdout, stderr

@@ -19,10 +19,9 @@ from retro_jax.data.chunking import TOTALS, write_chunks
 from retro_jax.data.distribute import BeamOptions, Unit, WorkersError, distribute
 from retro_jax.data.sources import Source, exclusion_files, repeated_rows, write_digests
 from retro_jax.data.stage import Manifest, Stage, load_manifest, shard_name, verify_checksums
-from retro_jax.data.text import common_root, relative_names
+from retro_jax.data.text import common_root, file_fingerprints
 from retro_jax.data.tokenizer import PAD_ID, Tokenizer
 from retro_jax.errors import UserError
-from retro_jax.files import file_sha256
 
 TOKENIZER_FILE = "tokenizer.model"
 
@@ -62,14 +61,11 @@ def build_corpus(
     if chunk_length < 1:
         raise UserError(f"chunk_length must be at least 1, is {chunk_length}")
     options = options or BeamOptions()
-    checksums = [file_sha256(path)[:16] for path in inputs]
-    fingerprints = {
-        "tokenizer": tokenizer.fingerprint,
-        **dict(zip(relative_names(inputs), checksums, strict=True)),
-    }
+    files = file_fingerprints(inputs)
+    made_from = {"tokenizer": tokenizer.fingerprint, **files}
     excluded: list[str | None] = [None] * len(inputs)
     if exclusions is not None:
-        fingerprints["exclusions"], excluded = exclusion_files(exclusions, inputs, checksums)
+        made_from["exclusions"], excluded = exclusion_files(exclusions, inputs, list(files.values()))
     sources = [
         Source(str(path.absolute()), str(common_root(inputs)), skip_bad, shard)
         for path, shard in zip(inputs, excluded, strict=True)
@@ -77,7 +73,7 @@ def build_corpus(
     settings = {"chunk_length": chunk_length, "skip_bad": skip_bad, "vocab_size": tokenizer.vocab_size}
     if tokenizer.pad_id != PAD_ID:
         settings["pad_id"] = tokenizer.pad_id
-    with Stage(directory, "corpus", settings=settings, inputs=fingerprints) as stage:
+    with Stage(directory, "corpus", settings=settings, inputs=made_from) as stage:
         if stage.complete:
             return stage.manifest
         sizes = [path.stat().st_size for path in inputs]

@@ -26,9 +26,8 @@ from retro_jax.data.distribute import BeamOptions, Unit, WorkersError, distribut
 from retro_jax.data.shingles import BANDS, ROWS, band_keys, jaccard, shingles
 from retro_jax.data.sources import Source
 from retro_jax.data.stage import Manifest, ShardWriter, Stage, fingerprint, shard_name
-from retro_jax.data.text import Document, ReadCounts, common_root, relative_names
+from retro_jax.data.text import Document, ReadCounts, common_root, file_fingerprints
 from retro_jax.errors import UserError
-from retro_jax.files import file_sha256
 
 MODES = ("auto", "exact", "minhash")
 TABLE_LIMIT = 100_000_000
@@ -82,10 +81,12 @@ def find_duplicates(
         raise UserError("there is nothing to compare: give training files, and evaluation files or titles")
     options = options or BeamOptions()
     keys = [] if titles is None else sorted(read_titles(titles))
-    checksums = {}
-    for kind, paths in (("inputs", inputs), ("evaluation", evaluation)):
-        for name, path in zip(relative_names(paths), paths, strict=True):
-            checksums[f"{kind}/{name}"] = file_sha256(path)[:16]
+    checksums = {
+        f"{kind}/{name}": value
+        for kind, paths in (("inputs", inputs), ("evaluation", evaluation))
+        if paths
+        for name, value in file_fingerprints(paths).items()
+    }
     removed = [shard_name("removed", i, len(inputs), ".jsonl") for i in range(len(inputs))]
     settings = {
         "n": n,

@@ -15,6 +15,8 @@ from typing import Any, BinaryIO
 import zstandard
 
 from retro_jax.errors import UserError
+from retro_jax.files import file_sha256
+from retro_jax.progress import Progress
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
 METADATA_KEYS = ("title", "source", "domain", "language", "license", "origin", "url")
@@ -158,8 +160,8 @@ def common_root(paths: Sequence[Path]) -> Path:
     return Path(os.path.commonpath([path.absolute().parent for path in paths])) if paths else Path(".")
 
 
-def relative_names(paths: Sequence[Path]) -> list[str]:
-    """Names of the files relative to their common root.
+def file_fingerprints(paths: Sequence[Path]) -> dict[str, str]:
+    """Says what each file holds: 16 hex digits of its SHA-256, by its name relative to their common root.
 
     Raises:
       UserError: a file is there twice.
@@ -168,7 +170,13 @@ def relative_names(paths: Sequence[Path]) -> list[str]:
     names = [os.path.relpath(path, root) for path in paths]
     if len(set(names)) < len(names):
         raise UserError("an input file is named twice")
-    return names
+    sizes = [path.stat().st_size for path in paths]
+    found = {}
+    with Progress("checksums", total=sum(sizes), unit="bytes") as progress:
+        for name, path, size in zip(names, paths, sizes, strict=True):
+            found[name] = file_sha256(path)[:16]
+            progress.update(size)
+    return found
 
 
 def _check_kind(path: Path) -> None:

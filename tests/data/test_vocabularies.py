@@ -41,6 +41,20 @@ def qwen():
     return tokenizer
 
 
+def llama_3():
+    """Words that are tokens are cut no further, also those that no merge makes."""
+    step = pre_tokenizers.Split(tokenizers.Regex(QWEN.replace(r"\p{N}|", r"\p{N}{1,3}|", 1)), "isolated")
+    steps = [step, pre_tokenizers.ByteLevel(False, use_regex=False)]
+    specials = ["<|begin_of_text|>", "<|end_of_text|>"]
+    values = json.loads(trained(pre_tokenizers.Sequence(steps), None, specials).to_str())
+    values["model"] |= {"ignore_merges": True, "merges": values["model"]["merges"][:200]}
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(values))
+    values["model"]["ignore_merges"] = False
+    without = tokenizers.Tokenizer.from_str(json.dumps(values))
+    assert any(len(tokenizer.encode(line)) < len(without.encode(line)) for line in LINES)
+    return tokenizer
+
+
 def llama(normalizer=True):
     """Byte fallback and marked spaces, with a space before the text: by its normaliser, or by its pre-tokenizer."""
     specials = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
@@ -70,7 +84,13 @@ def sentencepiece_llama(**options):
     return model.getvalue()
 
 
-KINDS = {"gpt-2": gpt_2, "qwen": qwen, "llama, older": llama, "mistral": lambda: llama(normalizer=False)}
+KINDS = {
+    "gpt-2": gpt_2,
+    "qwen": qwen,
+    "llama 3": llama_3,
+    "llama, older": llama,
+    "mistral": lambda: llama(normalizer=False),
+}
 
 
 @pytest.fixture(scope="module", params=[*KINDS, "sentencepiece"])
@@ -99,7 +119,7 @@ def test_tokens_are_those_of_the_library(kind):
     """But for the space that some put before a text, which is not of the text."""
     name, native, ours = kind
     for line in LINES[:100]:
-        if name in ("gpt-2", "qwen"):
+        if name in ("gpt-2", "qwen", "llama 3"):
             assert ours.encode(line) == native(line)
         elif not line.startswith(" "):
             assert ours.encode(" " + line) == native(line)
@@ -109,7 +129,7 @@ def test_padding_is_behind_all_tokens_and_the_documents_ends_are_known(kind):
     name, _, ours = kind
     assert ours.pad_id == ours.vocab_size - 1 and ours.token_bytes[ours.pad_id] == 0
     assert ours.token_bytes[[ours.bos_id, ours.eos_id]].sum() == 0
-    expected = {"gpt-2": (0, 0), "qwen": (0, 0)}.get(name, (1, 2))
+    expected = {"gpt-2": (0, 0), "qwen": (0, 0), "llama 3": (0, 1)}.get(name, (1, 2))
     assert (ours.bos_id, ours.eos_id) == expected
     assert np.array(ours.encode(LINES[0])).max() < ours.vocab_size
 

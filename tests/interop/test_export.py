@@ -48,6 +48,26 @@ from retro_jax.interop import export
 export.model_card = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 export.export_native(pretrained(RETRO), sys.argv[1], name="Test")
 """
+# Tells by how many KiB the process grew at most: in memory of its own, for the pages of a file are the system's.
+LOADED = """
+import dataclasses, re, sys
+from pathlib import Path
+from retro_jax.interop.pretrained import open_pretrained
+
+def held():
+    return int(re.search(r"RssAnon:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
+def watched(name):
+    array = opened.read(name)
+    grown.append(held() - before)
+    return array
+
+small, large = map(open_pretrained, sys.argv[1:])
+small.load()  # what JAX takes for itself
+before, grown, opened = held(), [], large
+dataclasses.replace(large, read=watched).load()
+print(max(grown))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -277,6 +297,19 @@ def test_an_export_holds_less_than_two_of_its_files(tmp_path):
     assert max(peaks) < 2 * shard
     first, third = (path / "model.safetensors" for path in (tmp_path / "first", tmp_path / "third"))
     assert first.read_bytes() == third.read_bytes()
+
+
+def test_a_model_that_is_loaded_is_in_memory_once(tmp_path):
+    """With the layers of one projection twice, 0.3 of this model, while their stack is made."""
+    config = dataclasses.replace(LARGE, width=512, num_layers=8, ffw_width=2048)
+    for name, model in (("small", LARGE), ("large", config)):
+        export_huggingface(pretrained(model), tmp_path / name, name="Test", shard_bytes=40_000_000)
+    size = sum(path.stat().st_size for path in (tmp_path / "large").glob("*.safetensors"))
+    assert size > 100_000_000
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", LOADED, str(tmp_path / "small"), str(tmp_path / "large")]
+    ended = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    assert 0.8 * size < 1024 * int(ended.stdout) < 1.7 * size
 
 
 class Watched:

@@ -10,6 +10,7 @@ transformers = pytest.importorskip("transformers")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
 
+from retro_jax.interop.export import export_huggingface  # noqa: E402
 from retro_jax.interop.pretrained import load_pretrained  # noqa: E402
 from retro_jax.model.retro import Retro  # noqa: E402
 
@@ -83,7 +84,7 @@ def pair(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp("hub")
     theirs.save_pretrained(directory)
     ours = load_pretrained(directory)
-    return theirs, ours.config, logits_of(ours)
+    return theirs, ours, logits_of(ours)
 
 
 def close(directory, theirs):
@@ -135,7 +136,7 @@ def test_logits_equal_transformers(pair):
 
 
 def test_padded_batches_equal_transformers(pair):
-    theirs, config, ours = pair
+    theirs, opened, ours = pair
     generator = np.random.default_rng(1)
     tokens = generator.integers(0, VOCAB, (3, 40))
     seen = np.ones((3, 40), bool)
@@ -146,8 +147,20 @@ def test_padded_batches_equal_transformers(pair):
         expected = theirs(
             torch.tensor(tokens), attention_mask=torch.tensor(seen.astype(int)), position_ids=torch.tensor(places)
         ).logits.numpy()
-    found = ours(np.where(seen, tokens, config.pad_id))
+    found = ours(np.where(seen, tokens, opened.config.pad_id))
     np.testing.assert_allclose(found[seen], expected[seen], atol=1e-4, rtol=0)
+
+
+def test_what_is_written_back_is_the_model_that_was_read(pair, tmp_path):
+    theirs, ours, _ = pair
+    export_huggingface(ours, tmp_path / "model", name="Test")
+    read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager").eval()
+    assert type(read) is type(theirs)
+    found, expected = read.state_dict(), theirs.state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    tokens = torch.tensor(np.random.default_rng(4).integers(0, VOCAB, (2, 300)))
+    with torch.no_grad():
+        torch.testing.assert_close(read(tokens).logits, theirs(tokens).logits, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama 2", "llama 3", "llama, linear scaling, all biases", "qwen 2.5"])

@@ -32,7 +32,11 @@ def run(tool, **flags):
 def assert_one_line(result, *words):
     """The program stopped with one clear line that has all these words in it; lines of progress may stand before it."""
     assert result.returncode == 1, result.stderr
-    lines = [line for line in result.stderr.splitlines() if not re.match(r"(reading|corpus|sequences): [\d,]+/", line)]
+    lines = [
+        line
+        for line in result.stderr.splitlines()
+        if not re.match(r"(checksums|reading|corpus|sequences): [\d,]+/", line)
+    ]
     assert len(lines) == 1, result.stderr
     assert lines[0].startswith("error: ")
     for word in words:

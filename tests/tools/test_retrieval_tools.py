@@ -1,14 +1,12 @@
 """The retrieval programs from the outside: what they write, what they print, and one clear line for every bad input."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from small_run import SAMPLE, error_line, run_program
 
 from retro_jax.data.corpus import Corpus, build_corpus
 from retro_jax.data.stage import Stage
@@ -16,29 +14,16 @@ from retro_jax.data.tokenizer import train_tokenizer
 from retro_jax.retrieval.index import Index
 from retro_jax.retrieval.neighbours import NeighbourTable
 
-ROOT = Path(__file__).resolve().parents[2]
-SAMPLE = ROOT / "experiments" / "sample" / "sample.jsonl"
-
-
-def tool(name: str, *flags: str, **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *flags]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=300)
-
 
 def succeed(name: str, *flags: str) -> str:
-    result = tool(name, *flags)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+    status, stdout, stderr = run_program(f"tools/{name}.py", *flags, devices=8)
+    assert status == 0, stderr
+    return stdout
 
 
 def fail(name: str, *flags: str, **environment: str) -> str:
-    """Runs a program that must fail with exactly one line; returns the line."""
-    result = tool(name, *flags, **environment)
-    assert result.returncode == 1, result.stdout + result.stderr
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and "Traceback" not in result.stderr, result.stderr
-    assert result.stderr.rstrip().endswith(lines[0])
-    return lines[0]
+    """The line of a program that must fail with exactly one."""
+    return error_line(f"tools/{name}.py", *flags, **environment)
 
 
 @pytest.fixture(scope="module")
